@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONV', 'zero_', 'group_norm', 'count_parameters', 'ResBlock', 'sinusoidal_embedding', 'pad_to_multiple', 'crop_to',
-           'UNet']
+           'space_to_depth', 'depth_to_space', 'UNet']
 
 # %% ../nbs/10_layers.ipynb #2a9272d8
 import math
@@ -90,7 +90,29 @@ def crop_to(
     "Undo `pad_to_multiple`"
     return x[(...,) + tuple(slice(n) for n in shape)]
 
-# %% ../nbs/10_layers.ipynb #5f3d90a1
+# %% ../nbs/10_layers.ipynb #957d3029
+def space_to_depth(
+    x,  # (B, C, ...) sides are multiples of p
+    p,  # side of a patch
+):
+    "Fold patches into channels: (B, C p^dims, .../p); in 2-D `F.pixel_unshuffle`"
+    b, c, *s = x.shape
+    x = x.reshape(b, c, *[v for n in s for v in (n // p, p)])
+    d = len(s)
+    return x.permute(0, 1, *range(3, 2 + 2 * d, 2), *range(2, 2 + 2 * d, 2)).reshape(b, c * p ** d, *[n // p for n in s])
+
+
+def depth_to_space(
+    x,  # (B, C p^dims, ...)
+    p,  # side of a patch
+):
+    "Inverse of `space_to_depth`"
+    b, c, *s = x.shape
+    d = len(s)
+    x = x.reshape(b, c // p ** d, *[p] * d, *s)
+    return x.permute(0, 1, *[v for i in range(d) for v in (2 + d + i, 2 + i)]).reshape(b, c // p ** d, *[n * p for n in s])
+
+# %% ../nbs/10_layers.ipynb #ef565eea
 class UNet(nn.Module):
     "U-Net of residual blocks (Ronneberger et al. 2015; He et al. 2016), 2-D or 3-D, any image size"
     def __init__(self,
@@ -99,19 +121,20 @@ class UNet(nn.Module):
         chs=(32, 64, 128),  # channels at each resolution, full size first
         blocks=2,         # residual blocks per resolution and direction
         dims=2,           # 2 or 3
+        patch=1,          # > 1: patches of this side are folded into channels
         emb_dim=0,        # > 0: `forward` takes a time (B,), embedded to this length
         dropout=0.,       # inside the residual blocks
     ):
         super().__init__()
-        conv, self.multiple, self.emb_dim = CONV[dims], 2 ** (len(chs) - 1), emb_dim
+        conv, self.multiple, self.emb_dim, self.patch = CONV[dims], patch * 2 ** (len(chs) - 1), emb_dim, patch
         self.time = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)) if emb_dim else None
         level = lambda a, b: nn.ModuleList([ResBlock(a if i == 0 else b, b, dims, emb_dim, dropout) for i in range(blocks)])
-        self.inp = conv(in_ch, chs[0], 3, padding=1)
+        self.inp = conv(in_ch * patch ** dims, chs[0], 3, padding=1)
         self.enc = nn.ModuleList([level(c, c) for c in chs])
         self.down = nn.ModuleList([conv(a, b, 3, stride=2, padding=1) for a, b in zip(chs, chs[1:])])
         self.up = nn.ModuleList([conv(b, a, 3, padding=1) for a, b in zip(chs, chs[1:])])
         self.dec = nn.ModuleList([level(2 * c, c) for c in chs[:-1]])
-        self.out = nn.Sequential(group_norm(chs[0]), nn.SiLU(), zero_(conv(chs[0], out_ch, 3, padding=1)))
+        self.out = nn.Sequential(group_norm(chs[0]), nn.SiLU(), zero_(conv(chs[0], out_ch * patch ** dims, 3, padding=1)))
 
     def forward(self,
         x,       # (B, in_ch, ...) spatial axes of any size
@@ -119,7 +142,7 @@ class UNet(nn.Module):
     ):
         shape, x = x.shape[2:], pad_to_multiple(x, self.multiple)
         emb = self.time(sinusoidal_embedding(t, self.emb_dim)) if self.time is not None else None
-        h, skips = self.inp(x), []
+        h, skips = self.inp(space_to_depth(x, self.patch)), []
         for i, level in enumerate(self.enc):
             if i: h = self.down[i - 1](h)
             for b in level: h = b(h, emb)
@@ -127,4 +150,4 @@ class UNet(nn.Module):
         for i in reversed(range(len(self.dec))):
             h = torch.cat([self.up[i](F.interpolate(h, scale_factor=2)), skips[i]], 1)
             for b in self.dec[i]: h = b(h, emb)
-        return crop_to(self.out(h), shape)
+        return crop_to(depth_to_space(self.out(h), self.patch), shape)

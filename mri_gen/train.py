@@ -308,7 +308,7 @@ def _any(flag, device):
     dist.all_reduce(t, dist.ReduceOp.MAX)
     return bool(t.item())
 
-# %% ../nbs/13_train.ipynb #8ecc7921
+# %% ../nbs/13_train.ipynb #9e648eeb
 def parse_params(
     pairs,  # ["lr=1e-3", "chs=[32,64]"]
 ):
@@ -346,7 +346,7 @@ def train_task(
     cfg = task.Config.profile(profile, **(params or {}))
     base = Path(out) if out else ((root() or Path.cwd()) / ("artifacts/runs" if root() else "runs") / slug)
     run = RunFolder(base / (name or f"{profile}-s{cfg.seed}"))
-    job = lambda: task.job(cfg, task.load_data(cfg, data))
+    job = lambda: task.job(cfg, task.load_data(cfg, data), pick_device(kw.get("device") or "auto"))
     return run, fit(job, cfg, run, **kw)
 
 # %% ../nbs/13_train.ipynb #2653da05
