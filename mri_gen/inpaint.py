@@ -9,7 +9,7 @@ __all__ = ['CLASSICAL', 'SIZE', 'OFFSETS_MM', 'CHUNK', 'METHODS', 'CARD', 'fill_
            'augment', 'hole_loss', 'job', 'Restorer', 'pretrained', 'predict', 'Evaluation', 'evaluate', 'companions',
            'pictures']
 
-# %% ../nbs/21_inpaint.ipynb #791873d8
+# %% ../nbs/21_inpaint.ipynb #cc074d3e
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -23,7 +23,7 @@ from pydantic import Field
 from .checkpoint import find_weights, load_weights, save_weights
 from .core import UserError, data_dir, mix, numpy_generator, pick_device, root
 from .corrupt import N_DRAWS, random_masks, read_mask, rician, tilted
-from .datasets import (DeviceData, SliceSet, check_array, find_head, find_volumes, head_slices_64, load_slices, random_head_slices_64, read_cohort, resize, save_slices,
+from .datasets import (PATTERN, DeviceData, SliceSet, check_array, find_head, find_volumes, head_slices_64, load_slices, random_head_slices_64, read_cohort, resize, save_slices,
                               split_of, split_subjects)
 from .layers import UNet, count_parameters
 from .losses import PIXEL_ERRORS, pixel_loss, psnr_loss
@@ -191,13 +191,13 @@ class Inpainter(nn.Module):
         fill = rough + self.unet(torch.cat([rough - .5, m - .5], 1)).float()
         return torch.where(m > 0, x, fill)
 
-# %% ../nbs/21_inpaint.ipynb #24acb354
+# %% ../nbs/21_inpaint.ipynb #fa4984cd
 class Config(TrainConfig):
     "Inpainting: network, loss, augmentation, training slices"
     PROFILES: ClassVar[dict] = {
         "smoke": dict(steps=40, batch_size=8, chs=(16, 32), lr=2e-3, warmup=5, ema=.9, log_every=10, val_every=40, save_every=40, sagittal=24, axial=6, simulated=3),
         "demo": dict(steps=150, batch_size=16, chs=(32, 64), lr=2e-3, warmup=20, ema=.98, log_every=25, val_every=150, save_every=150, sagittal=60, axial=15, simulated=4),
-        "full": dict(steps=10000, batch_size=16, chs=(64, 128, 256), lr=1e-3, warmup=200, ema=.999, log_every=100, val_every=500, save_every=250, sagittal=500, axial=125, simulated=12),
+        "full": dict(steps=8000, batch_size=16, chs=(64, 128, 256), lr=1e-3, warmup=200, ema=.999, log_every=100, val_every=500, save_every=250, sagittal=500, axial=125, simulated=12),
     }
     chs: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="channels per resolution")
     blocks: int = Field(1, ge=1, description="residual blocks per resolution and direction")
@@ -214,7 +214,7 @@ def build(cfg):
     "`{name: network}` of a Config"
     return {"unet": Inpainter(cfg.chs, cfg.blocks, cfg.patch)}
 
-# %% ../nbs/21_inpaint.ipynb #9267740b
+# %% ../nbs/21_inpaint.ipynb #f2830646
 SIZE, OFFSETS_MM = 64, tuple(range(-24, 25, 6))   # test slices: nine sagittal planes around the middle
 
 
@@ -239,10 +239,10 @@ def volume_slices(
     folder,      # head volumes (IXI names, the simulated layout, or {subject}/{modality})
     split,       # "train", "dev", "val"
     n=None,      # (sagittal, axial) random slices a volume; None: the fixed test slices
-    name=None,   # of the data, for the records
+    pattern=None,  # where volumes lie below the folder
 ):
     "64x64 slices of T1 head volumes, uint8, as a `SliceSet`; None where the split is empty"
-    folder = Path(folder); rows = find_volumes(folder, modalities=["T1"])
+    folder = Path(folder); rows = find_volumes(folder, pattern or PATTERN, modalities=["T1"])
     subjects = list(dict.fromkeys(r["subject"] for r in rows))
     table = {s: split_of(s, "ixi_hh_t1_2mm") for s in subjects} if root() else dict.fromkeys(subjects)
     own = split_subjects(subjects, [next(r["site"] for r in rows if r["subject"] == s) for s in subjects])
@@ -253,7 +253,7 @@ def volume_slices(
         for plane, k in (("sagittal", None),) if n is None else zip(("sagittal", "axial"), n):
             x = head_slices_64(head, OFFSETS_MM) if k is None else random_head_slices_64(head, k, f"{s}/{split}", plane) if k else np.zeros((0, SIZE, SIZE))
             images.append(np.round(x * 255).astype(np.uint8)); where = OFFSETS_MM if k is None else range(k)
-            out += [dict(subject=s, site=site, slice=w, position="", split=split, plane=plane, data=name or folder.name) for w in where]
+            out += [dict(subject=s, site=site, slice=w, position="", split=split, plane=plane, data=folder.name) for w in where]
     return SliceSet(np.concatenate(images)[:, None], out, skipped) if images else None
 
 
@@ -266,14 +266,18 @@ def axial_slices(folder, split):
     x = resize(s.float()[:, 0], (SIZE, SIZE))
     return SliceSet(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8)[:, None], [{k: r.get(k, "") for k in ("subject", "site", "slice", "position")} | dict(split=split, plane="axial", data=Path(folder).name) for r in s.table])
 
-# %% ../nbs/21_inpaint.ipynb #030ad7d1
-def simulated_slices(subjects, split, n=None, seed=0):
-    "Slices of the simulated cohort (made in a temporary folder)"
+# %% ../nbs/21_inpaint.ipynb #400c2581
+def simulated_slices(
+    subjects,  # how many
+    wanted,    # {split: as `n` of `volume_slices`}
+    seed=0,
+):
+    "Slices of the simulated cohort, which is made once, in a temporary folder: one `SliceSet` (or None) per split"
     import tempfile
     from mri_gen.phantom import simulate_cohort
     with tempfile.TemporaryDirectory() as d:
         simulate_cohort(Path(d) / "simulated", subjects=subjects, seed=seed)
-        return volume_slices(Path(d) / "simulated", split, n, "simulated")
+        return [volume_slices(Path(d) / "simulated", split, n) for split, n in wanted.items()]
 
 
 def join(sets):
@@ -296,13 +300,14 @@ def test_slices(
         s = load_slices(src["array"])
         if split in s.column("split"): s = s.subset(split=split)
         parts.append(SliceSet(s.images[:, :1], [{"plane": "", "data": Path(src["array"]).stem} | r for r in s.table]))
-    if not src: parts.append(simulated_slices(simulated, split, seed=1))
+    if not src: parts += simulated_slices(simulated, {split: None}, seed=1)
     return join(parts)
 
 
 def load_data(
     cfg,        # Config: how many slices of each kind
     data=None,  # see `sources`; a folder made by `save_slices` is used as it is
+    pattern=None,  # where volumes lie below `data`
 ):
     "Training and dev slices; made once and kept in data/prepared/, since cutting thousands of slices takes minutes"
     src = sources(data)
@@ -312,14 +317,14 @@ def load_data(
             names = split_subjects(s.subjects, fractions=dict(train=.9, dev=.1))
             s = SliceSet(s.images, [r | {"split": names[r["subject"]]} for r in s.table])
         return s
-    key = mix("inpaint-slices-1", cfg.sagittal, cfg.axial, cfg.simulated, *sorted(f.name for v in src.values() for f in Path(v).rglob("*.*") if f.is_file()))
+    key = mix("inpaint-slices-1", pattern or "", cfg.sagittal, cfg.axial, cfg.simulated, *sorted(f.name for v in src.values() for f in Path(v).rglob("*.*") if f.is_file()))
     folder = (root() or Path.cwd()) / "data/prepared" / f"inpaint-{key:016x}"
     if not folder.exists():
         print(f"cutting training slices from {', '.join(Path(v).name for v in src.values()) or 'the simulated cohort only'}", flush=True)
         n, many = (cfg.sagittal, cfg.axial), max(cfg.simulated, 0 if src else 3)
-        parts = [volume_slices(src["volumes"], "train", n), volume_slices(src["volumes"], "dev")] if "volumes" in src else []
+        parts = [volume_slices(src["volumes"], s, k, pattern=pattern) for s, k in (("train", n), ("dev", None))] if "volumes" in src else []
         if "slices" in src: parts += [axial_slices(src["slices"], s) for s in ("train", "dev")]
-        if many: parts += [simulated_slices(many, "train", n), None if src else simulated_slices(many, "dev")]
+        if many: parts += simulated_slices(many, {"train": n} if src else {"train": n, "dev": None})
         save_slices(folder, join(parts))
     return load_slices(folder)
 

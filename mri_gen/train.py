@@ -214,7 +214,7 @@ class Log:
     def close(self):
         if self.bar: self.bar.stop()
 
-# %% ../nbs/13_train.ipynb #585f0b08
+# %% ../nbs/13_train.ipynb #04f9a63e
 def fit(
     job,             # Job, or a function () -> Job called only when there is something to train
     cfg,             # TrainConfig
@@ -247,7 +247,7 @@ def fit(
                     sums = {k: sums.get(k, 0) + v for k, v in out.items()}
                     last = step == cfg.steps
                     if step % cfg.log_every == 0 or last:
-                        means = {k: (v / count).item() for k, v in sums.items()}
+                        means = _means(sums, count, loop)
                         sums, count = {}, 0
                         _finite(means, step, run)
                         if main: log.add(step, lr=cfg.lr * lr_factor(step - 1, cfg), **means)
@@ -270,7 +270,7 @@ def fit(
                 stop.leave()
     return {"state": state, **info}
 
-# %% ../nbs/13_train.ipynb #a792e250
+# %% ../nbs/13_train.ipynb #c991ce01
 def job_meta(job, cfg):
     "Header of a weights file: the task's facts and the config that made it"
     return {**job.meta, "config": cfg.model_dump(mode="json")}
@@ -283,6 +283,13 @@ def _restore(loop, found, threads):
     if threads and threads != state["threads"]: warnings.warn(f"resuming with {threads} threads a run begun with {state['threads']}: results may differ in the last bits")
     torch.set_num_threads(threads or state["threads"])
     return step
+
+
+def _means(sums, count, loop):
+    "Means over the steps of an interval, and over the processes"
+    t = torch.stack([v / count for v in sums.values()])
+    if loop.world > 1: dist.all_reduce(t); t /= loop.world
+    return dict(zip(sums, t.tolist()))
 
 
 def _finite(means, step, run):
@@ -308,7 +315,7 @@ def _any(flag, device):
     dist.all_reduce(t, dist.ReduceOp.MAX)
     return bool(t.item())
 
-# %% ../nbs/13_train.ipynb #9e648eeb
+# %% ../nbs/13_train.ipynb #72e47303
 def parse_params(
     pairs,  # ["lr=1e-3", "chs=[32,64]"]
 ):
@@ -337,6 +344,7 @@ def train_task(
     profile="smoke",  # smoke, demo, full
     params=None,      # {name: value}, over the profile
     data=None,        # folder or file of training data; None: real data where `MRI_GEN_DATA` says so, else the simulated cohort
+    pattern=None,     # where volumes lie below `data`, e.g. "{subject}/{modality}.nii.gz"
     out=None,         # folder of runs; None: artifacts/runs/SLUG of the checkout, else runs/SLUG here
     name=None,        # folder of this run; None: PROFILE-sSEED
     **kw,             # to `fit`: device, max_hours, threads, quiet
@@ -346,24 +354,31 @@ def train_task(
     cfg = task.Config.profile(profile, **(params or {}))
     base = Path(out) if out else ((root() or Path.cwd()) / ("artifacts/runs" if root() else "runs") / slug)
     run = RunFolder(base / (name or f"{profile}-s{cfg.seed}"))
-    job = lambda: task.job(cfg, task.load_data(cfg, data), pick_device(kw.get("device") or "auto"))
+
+    def job():
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if not first: dist.barrier()                     # rank 0 prepares the data, the others then find them
+        slices = task.load_data(cfg, data, pattern)
+        if first and dist.is_initialized(): dist.barrier()
+        return task.job(cfg, slices, pick_device(kw.get("device") or "auto"))
+
     return run, fit(job, cfg, run, **kw)
 
-# %% ../nbs/13_train.ipynb #2653da05
+# %% ../nbs/13_train.ipynb #fce88919
 def main(argv=None):
-    "`python -m mri_gen.train SLUG [--profile P] [-p NAME=VALUE] [--data D] [--out DIR] [--name RUN] [--max-hours H] [--device D] [--threads N]`"
+    "`python -m mri_gen.train SLUG [--profile P] [-p NAME=VALUE] [--data D [--pattern P]] [--out DIR] [--name RUN] [--max-hours H] [--device D] [--threads N]`"
     ap = argparse.ArgumentParser("mri_gen.train", description="Train one task; an unfinished run goes on by itself.")
     ap.add_argument("slug"); ap.add_argument("--profile", default="smoke")
     ap.add_argument("-p", dest="params", action="append", metavar="NAME=VALUE")
-    for o in ("--data", "--out", "--name"): ap.add_argument(o)
+    for o in ("--data", "--pattern", "--out", "--name"): ap.add_argument(o)
     ap.add_argument("--max-hours", type=float); ap.add_argument("--device", default="auto"); ap.add_argument("--threads", type=int)
     a = ap.parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         device = pick_device(a.device if world == 1 or not torch.cuda.is_available() else f"cuda:{os.environ['LOCAL_RANK']}")
         if world > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        run, info = train_task(a.slug, a.profile, parse_params(a.params), a.data, a.out, a.name, device=str(device), max_hours=a.max_hours, threads=a.threads)
-        print(f"{info['state']} step={info['step']} run={run.path}", flush=True)
+        run, info = train_task(a.slug, a.profile, parse_params(a.params), a.data, a.pattern, a.out, a.name, device=str(device), max_hours=a.max_hours, threads=a.threads)
+        if int(os.environ.get("RANK", 0)) == 0: print(f"{info['state']} step={info['step']} run={run.path}", flush=True)
     except UserError as e: print(f"mri_gen.train: {e}", file=sys.stderr); return 1
     except KeyboardInterrupt: return 130
     finally:
