@@ -170,7 +170,7 @@ def extract_slices(
     px = (sp[ra], sp[ca])
     return resize(out, size, px, pixel or max(p * a / b for p, a, b in zip(px, out.shape[1:], size)))
 
-# %% ../nbs/06_datasets.ipynb #14c8bfff
+# %% ../nbs/06_datasets.ipynb #8fa2db5e
 HEAD_MM, HEAD_TOP_ROW, HEAD_MID_COLUMN = 3.2, 8., 31.
 
 
@@ -178,6 +178,7 @@ HEAD_MM, HEAD_TOP_ROW, HEAD_MID_COLUMN = 3.2, 8., 31.
 class Head:
     "Where the head is: scaled voxels and, in mm along the volume's own axes, its mid-plane, mid-length and vertex"
     data: np.ndarray  # (X,Y,Z) float32 in [0,1], RAS+
+    spline: np.ndarray  # its cubic-spline coefficients
     spacing: tuple    # mm
     x: float          # mid-sagittal plane
     y: float          # middle of the front-to-back extent
@@ -200,7 +201,7 @@ def find_head(
     z = int(np.flatnonzero(mask.any((0, 1)))[-1])
     upper = lambda mm: mask[:, :, max(0, z + 1 - int(mm / sp[2])):z + 1]
     per_x, y = upper(100).sum((1, 2)), np.flatnonzero(upper(80).any((0, 2)))
-    return Head(data, sp, float(per_x @ np.arange(len(per_x)) / per_x.sum() * sp[0]), (y[0] + y[-1]) / 2 * sp[1], z * sp[2])
+    return Head(data, ndimage.spline_filter(data, output=np.float32), sp, float(per_x @ np.arange(len(per_x)) / per_x.sum() * sp[0]), (y[0] + y[-1]) / 2 * sp[1], z * sp[2])
 
 
 def sample_planes(
@@ -209,8 +210,9 @@ def sample_planes(
     rows,    # (n,3) mm: one step down
     cols,    # (n,3) mm: one step to the right
     size=64,
+    order=3, # 3: cubic spline; 1: trilinear, which is softer
 ):
-    "(n,size,size) float32: box mean of trilinear samples, at least one per voxel length; outside the volume 0"
+    "(n,size,size) float32 in [0,1]: box mean of spline samples, at least one per voxel length; outside the volume 0"
     from scipy import ndimage
     sub = int(np.ceil(np.linalg.norm(rows, axis=-1).max() / min(head.spacing) - 1e-6))
     grid = np.arange(size * sub) / sub - (sub - 1) / (2 * sub)
@@ -218,8 +220,8 @@ def sample_planes(
     out = np.empty((len(origin), size, size), np.float32)
     for i, (o, dr, dc) in enumerate(zip(origin, rows, cols)):
         p = ((o + r * dr + c * dc) / head.spacing).transpose(2, 0, 1)
-        out[i] = ndimage.map_coordinates(head.data, p, order=1, mode="constant").reshape(size, sub, size, sub).mean((1, 3))
-    return out
+        out[i] = ndimage.map_coordinates(head.spline if order > 1 else head.data, p, order=order, mode="constant", prefilter=False).reshape(size, sub, size, sub).mean((1, 3))
+    return np.clip(out, 0, 1, out=out)
 
 
 def head_slices_64(
@@ -231,7 +233,7 @@ def head_slices_64(
     origin = np.stack([h.x + off, h.y + 0 * off, h.z + 0 * off], 1)
     return sample_planes(h, origin, one * [0, 0, -HEAD_MM], one * [0, HEAD_MM, 0])
 
-# %% ../nbs/06_datasets.ipynb #23736a6f
+# %% ../nbs/06_datasets.ipynb #c4ba1e73
 def random_head_slices_64(
     volume,            # `volumes.Volume` or a `Head`
     n,                 # how many
@@ -239,7 +241,8 @@ def random_head_slices_64(
     plane="sagittal",  # or "axial" (anterior to the right, as in `ixi_slices`)
     degrees=6.,        # bound of the rotation about each axis
     shift_mm=8.,       # bound of the shift inside the plane
-    scale=(.9, 1.1),   # size of the head
+    scale=(.85, 1.15), # size of the head
+    soft=.3,           # share of slices cut by trilinear interpolation: not every reader's slices are as sharp
     offset_mm=None,    # (low, high): from the mid-sagittal plane (default -25, 25), or below the vertex (default 15, 115)
     bias=0.,           # bound of the log-gain at the frame's edge of a smooth random field (surface coils)
 ):
@@ -262,7 +265,9 @@ def random_head_slices_64(
     pivot = np.stack([h.x + (off if plane == "sagittal" else zero), h.y + zero, h.z + zero - (60. if plane == "sagittal" else off)], 1)
     up = 60. / mm[:, None] if plane == "sagittal" else 31.5 - HEAD_TOP_ROW
     origin = pivot - up * rows + (u[:, 5:6] * rows + u[:, 6:7] * cols) * (shift_mm / mm)[:, None]
-    out = sample_planes(h, origin, rows, cols)
+    gentle, out = g.random(n) < soft, np.empty((n, 64, 64), np.float32)
+    for order, k in ((1, gentle), (3, ~gentle)):
+        if k.any(): out[k] = sample_planes(h, origin[k], rows[k], cols[k], order=order)
     if not bias: return out
     y, x = np.meshgrid(*[np.linspace(-1, 1, 64)] * 2, indexing="ij")
     field = np.exp(bias * np.einsum("nk,khw->nhw", u[:, 7:], np.stack([x, y, x * y, x * x - 1 / 3, y * y - 1 / 3])) / 2)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CLASSICAL', 'SIZE', 'OFFSETS_MM', 'CHUNK', 'METHODS', 'CARD', 'fill_linear', 'fill_griddata', 'fill_harmonic',
            'fill_biharmonic', 'LocalRidge', 'check_mask', 'fill_with', 'push_pull', 'Inpainter', 'Config', 'build',
-           'sources', 'volume_slices', 'axial_slices', 'simulated_slices', 'join', 'test_slices', 'load_data',
-           'augment', 'hole_loss', 'job', 'Restorer', 'pretrained', 'predict', 'Evaluation', 'evaluate', 'companions',
-           'pictures']
+           'sources', 'head_slices', 'volume_slices', 'axial_slices', 'simulated_slices', 'join', 'with_splits',
+           'fingerprint', 'test_slices', 'load_data', 'augment', 'hole_loss', 'job', 'Restorer', 'pretrained',
+           'predict', 'Evaluation', 'evaluate', 'companions', 'pictures']
 
-# %% ../nbs/21_inpaint.ipynb #cc074d3e
+# %% ../nbs/21_inpaint.ipynb #7d10eea1
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -191,11 +192,11 @@ class Inpainter(nn.Module):
         fill = rough + self.unet(torch.cat([rough - .5, m - .5], 1)).float()
         return torch.where(m > 0, x, fill)
 
-# %% ../nbs/21_inpaint.ipynb #fa4984cd
+# %% ../nbs/21_inpaint.ipynb #acc1a64b
 class Config(TrainConfig):
     "Inpainting: network, loss, augmentation, training slices"
     PROFILES: ClassVar[dict] = {
-        "smoke": dict(steps=40, batch_size=8, chs=(16, 32), lr=2e-3, warmup=5, ema=.9, log_every=10, val_every=40, save_every=40, sagittal=24, axial=6, simulated=3),
+        "smoke": dict(steps=120, batch_size=8, chs=(16, 32), lr=2e-3, warmup=30, ema=.95, log_every=30, val_every=120, save_every=120, sagittal=24, axial=6, simulated=3),
         "demo": dict(steps=150, batch_size=16, chs=(32, 64), lr=2e-3, warmup=20, ema=.98, log_every=25, val_every=150, save_every=150, sagittal=60, axial=15, simulated=4),
         "full": dict(steps=8000, batch_size=16, chs=(64, 128, 256), lr=1e-3, warmup=200, ema=.999, log_every=100, val_every=500, save_every=250, sagittal=500, axial=125, simulated=12),
     }
@@ -214,7 +215,7 @@ def build(cfg):
     "`{name: network}` of a Config"
     return {"unet": Inpainter(cfg.chs, cfg.blocks, cfg.patch)}
 
-# %% ../nbs/21_inpaint.ipynb #f2830646
+# %% ../nbs/21_inpaint.ipynb #4d21822e
 SIZE, OFFSETS_MM = 64, tuple(range(-24, 25, 6))   # test slices: nine sagittal planes around the middle
 
 
@@ -235,26 +236,38 @@ def sources(
     return {"slices": p}
 
 
-def volume_slices(
-    folder,      # head volumes (IXI names, the simulated layout, or {subject}/{modality})
-    split,       # "train", "dev", "val"
-    n=None,      # (sagittal, axial) random slices a volume; None: the fixed test slices
-    pattern=None,  # where volumes lie below the folder
+def head_slices(
+    people,  # iterable of (subject, site, T1 volume)
+    split,   # noted in the table
+    n=None,  # (sagittal, axial) random slices a volume; None: the fixed test slices
+    data="", # name of the data, for the records
 ):
-    "64x64 slices of T1 head volumes, uint8, as a `SliceSet`; None where the split is empty"
-    folder = Path(folder); rows = find_volumes(folder, pattern or PATTERN, modalities=["T1"])
-    subjects = list(dict.fromkeys(r["subject"] for r in rows))
-    table = {s: split_of(s, "ixi_hh_t1_2mm") for s in subjects} if root() else dict.fromkeys(subjects)
-    own = split_subjects(subjects, [next(r["site"] for r in rows if r["subject"] == s) for s in subjects])
-    table = own if all(v is None for v in table.values()) else table
-    images, out, skipped = [], [], []
-    for s, site, v in read_cohort([r for r in rows if table[r["subject"]] == split] or [], skipped) if split in table.values() else ():
-        head = find_head(v["T1"])
+    "64x64 slices of head volumes, uint8, as a `SliceSet`; None where there is nobody"
+    images, out = [], []
+    for s, site, volume in people:
+        head = find_head(volume)
         for plane, k in (("sagittal", None),) if n is None else zip(("sagittal", "axial"), n):
             x = head_slices_64(head, OFFSETS_MM) if k is None else random_head_slices_64(head, k, f"{s}/{split}", plane) if k else np.zeros((0, SIZE, SIZE))
             images.append(np.round(x * 255).astype(np.uint8)); where = OFFSETS_MM if k is None else range(k)
-            out += [dict(subject=s, site=site, slice=w, position="", split=split, plane=plane, data=folder.name) for w in where]
-    return SliceSet(np.concatenate(images)[:, None], out, skipped) if images else None
+            out += [dict(subject=s, site=site, slice=w, position="", split=split, plane=plane, data=data) for w in where]
+    return SliceSet(np.concatenate(images)[:, None], out) if images else None
+
+
+def volume_slices(
+    folder,        # T1 head volumes (IXI names, the simulated layout, or {subject}/{modality})
+    split,         # "train", "dev", "val"
+    n=None,        # see `head_slices`
+    pattern=None,  # where volumes lie below the folder
+):
+    "Slices of the people of one split; `data/splits.csv` decides, and a seeded draw where it knows none of them"
+    folder = Path(folder); rows = find_volumes(folder, pattern or PATTERN, modalities=["T1"])
+    site = {r["subject"]: r["site"] for r in rows}
+    table = {s: split_of(s, "ixi_hh_t1_2mm") if root() else None for s in site}
+    if all(v is None for v in table.values()): table = split_subjects(list(site), list(site.values()))
+    mine, skipped = [r for r in rows if table[r["subject"]] == split], []
+    out = head_slices(((s, t, v["T1"]) for s, t, v in read_cohort(mine, skipped)), split, n, folder.name) if mine else None
+    for r in skipped: print(f"skipped {r['file']}: {r['reason']}", flush=True)
+    return out
 
 
 def axial_slices(folder, split):
@@ -266,18 +279,20 @@ def axial_slices(folder, split):
     x = resize(s.float()[:, 0], (SIZE, SIZE))
     return SliceSet(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8)[:, None], [{k: r.get(k, "") for k in ("subject", "site", "slice", "position")} | dict(split=split, plane="axial", data=Path(folder).name) for r in s.table])
 
-# %% ../nbs/21_inpaint.ipynb #400c2581
+# %% ../nbs/21_inpaint.ipynb #be2a7596
 def simulated_slices(
-    subjects,  # how many
-    wanted,    # {split: as `n` of `volume_slices`}
+    subjects,  # size of the cohort
+    split,     # only its people are simulated
+    n=None,    # see `head_slices`
     seed=0,
 ):
-    "Slices of the simulated cohort, which is made once, in a temporary folder: one `SliceSet` (or None) per split"
-    import tempfile
-    from mri_gen.phantom import simulate_cohort
-    with tempfile.TemporaryDirectory() as d:
-        simulate_cohort(Path(d) / "simulated", subjects=subjects, seed=seed)
-        return [volume_slices(Path(d) / "simulated", split, n) for split, n in wanted.items()]
+    "Slices of the simulated cohort, made in memory"
+    import nibabel as nib
+    from mri_gen.phantom import SITES, simulate_subject
+    names, sites = [f"SIM{i + 1:03d}" for i in range(subjects)], [SITES[i % len(SITES)] for i in range(subjects)]
+    splits = split_subjects(names, sites)
+    t1 = lambda i: nib.Nifti1Image(*simulate_subject(i + 1, seed)["images"]["T1"])
+    return head_slices(((s, sites[i], t1(i)) for i, s in enumerate(names) if splits[s] == split), split, n, "simulated")
 
 
 def join(sets):
@@ -287,10 +302,23 @@ def join(sets):
     return SliceSet(np.concatenate([s.images for s in sets]), [r for s in sets for r in s.table], [r for s in sets for r in s.skipped])
 
 
+def with_splits(s):
+    "A slice set as it is, or, where its table names no splits, with a seeded split by subject (an array: by image)"
+    if "train" in s.column("split"): return s
+    names = split_subjects(s.subjects)
+    return SliceSet(s.images[:, :1], [{"plane": ""} | r | {"split": names[r["subject"]]} for r in s.table])
+
+
+def fingerprint(s):
+    "Hash of a slice set's pixels: tells whether a network was trained on them"
+    return f"{mix(s.images.shape, np.ascontiguousarray(s.images).tobytes()):016x}"
+
+
 def test_slices(
     data=None,      # see `sources`
     split="val",    # "dev" for choices, "val" for reports
     simulated=10,   # subjects of the simulated cohort that stands in where there is nothing else
+    trained_on=None,  # `fingerprint` of what the network was trained on
 ):
     "Clean slices to score on, (N,1,64,64) uint8 or float32 with plane and data in their table"
     src, parts = sources(data), []
@@ -298,9 +326,10 @@ def test_slices(
     if "slices" in src: parts.append(axial_slices(src["slices"], split))
     if "array" in src:
         s = load_slices(src["array"])
+        if trained_on == fingerprint(with_splits(s)): s = with_splits(s)     # its own training array: only what was held out
         if split in s.column("split"): s = s.subset(split=split)
         parts.append(SliceSet(s.images[:, :1], [{"plane": "", "data": Path(src["array"]).stem} | r for r in s.table]))
-    if not src: parts += simulated_slices(simulated, {split: None}, seed=1)
+    if not src: parts.append(simulated_slices(simulated, split, seed=1))
     return join(parts)
 
 
@@ -311,24 +340,21 @@ def load_data(
 ):
     "Training and dev slices; made once and kept in data/prepared/, since cutting thousands of slices takes minutes"
     src = sources(data)
-    if "array" in src:
-        s = load_slices(src["array"])
-        if "train" not in s.column("split"):
-            names = split_subjects(s.subjects, fractions=dict(train=.9, dev=.1))
-            s = SliceSet(s.images, [r | {"split": names[r["subject"]]} for r in s.table])
-        return s
-    key = mix("inpaint-slices-1", pattern or "", cfg.sagittal, cfg.axial, cfg.simulated, *sorted(f.name for v in src.values() for f in Path(v).rglob("*.*") if f.is_file()))
+    if "array" in src: return with_splits(load_slices(src["array"]))
+    files = sorted(f for v in src.values() for f in Path(v).resolve().rglob("*.*") if f.is_file())
+    made_by = [Path(find_spec(f"mri_gen.{m}").origin).read_text() for m in ("anatomy", "phantom")]   # simulated slices change with their simulator
+    key = mix("inpaint 2", pattern or "", cfg.sagittal, cfg.axial, cfg.simulated, *made_by, *((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
     folder = (root() or Path.cwd()) / "data/prepared" / f"inpaint-{key:016x}"
     if not folder.exists():
         print(f"cutting training slices from {', '.join(Path(v).name for v in src.values()) or 'the simulated cohort only'}", flush=True)
         n, many = (cfg.sagittal, cfg.axial), max(cfg.simulated, 0 if src else 3)
         parts = [volume_slices(src["volumes"], s, k, pattern=pattern) for s, k in (("train", n), ("dev", None))] if "volumes" in src else []
         if "slices" in src: parts += [axial_slices(src["slices"], s) for s in ("train", "dev")]
-        if many: parts += simulated_slices(many, {"train": n} if src else {"train": n, "dev": None})
+        if many: parts += [simulated_slices(many, "train", n), None if src else simulated_slices(many, "dev")]
         save_slices(folder, join(parts))
     return load_slices(folder)
 
-# %% ../nbs/21_inpaint.ipynb #9daad9a0
+# %% ../nbs/21_inpaint.ipynb #f7275730
 def augment(
     x,      # (B,1,H,W) clean
     u,      # (B, 3 + N_DRAWS) uniform draws
@@ -375,7 +401,7 @@ def job(
         return (torch.cat(rows).clamp(0, 1) * 255).byte().cpu().numpy()
 
     nets = build(cfg)
-    return Job(nets, {"unet": adamw(nets["unet"], cfg)}, step, len(train), validate, preview, meta={"task": "inpaint", "method": "unet"})
+    return Job(nets, {"unet": adamw(nets["unet"], cfg)}, step, len(train), validate, preview, meta={"task": "inpaint", "method": "unet", "trained_on": fingerprint(data)})
 
 # %% ../nbs/21_inpaint.ipynb #4a1c6832
 CHUNK = 16
@@ -430,7 +456,7 @@ def predict(images, mask="auto", method=None, weights=None, device="auto"):
     "One call: see `Restorer`"
     return Restorer(method, weights, device).predict(images, mask)
 
-# %% ../nbs/21_inpaint.ipynb #e35f7d19
+# %% ../nbs/21_inpaint.ipynb #adcf4be1
 METHODS = ("linear", "griddata", "harmonic", "biharmonic", "ridge", "unet")
 
 
@@ -457,10 +483,14 @@ def evaluate(
 ):
     "Corrupt clean slices of held-out people, restore them with every method, score where pixels were missing"
     from mri_gen.metrics import compare, score_table, summarise
-    truth = test_slices(data, split)
+    trained_on = load_weights(find_weights("inpaint", weights))[1].get("trained_on") if "unet" in methods else None
+    truth = test_slices(data, split, trained_on=trained_on)
     if limit: truth = truth.subset(np.concatenate([np.unique(np.linspace(0, n - 1, limit).astype(int)) + s for s, n in _runs(truth)]))
     x = truth.float()[:, 0]
     known = tilted(*x.shape[1:]) if mask is None else check_mask(mask, x)
+    if "ridge" in methods and ridge is None:
+        try: find_weights("inpaint", "ridge")
+        except UserError: print("no fitted ridge is shipped: this row is left out", flush=True); methods = [m for m in methods if m != "ridge"]
     fills = {m: ridge if m == "ridge" and ridge is not None else Restorer(m, weights if m == "unet" else None, device).fill for m in methods}
     pred = {m: fill_with(f, x * known, known) for m, f in fills.items()}
     rows, comparisons = [], []
