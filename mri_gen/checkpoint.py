@@ -15,7 +15,7 @@ import torch
 
 from .core import UserError, artifacts_dir, read_json, whole
 
-# %% ../nbs/12_checkpoint.ipynb #d8e95449
+# %% ../nbs/12_checkpoint.ipynb #b1e69db9
 def flatten(nets):
     "`{network: {parameter: tensor}}` -> `{'network/parameter': tensor}`"
     return {f"{n}/{k}": v for n, sd in nets.items() for k, v in sd.items()}
@@ -32,7 +32,8 @@ def unflatten(flat):
 
 def weights_bytes(nets, meta=None, half=False):
     "Safetensors bytes of `{network: state_dict}`; the same content gives the same bytes"
-    flat = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in sorted(flatten(nets).items())}
+    flat = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in sorted(flatten(nets).items())}                # a copy: safetensors refuses tensors that share memory (tied weights)
     return st.save(flat, {"mri_gen": json.dumps(meta or {}, sort_keys=True, default=str)})
 
 
@@ -75,11 +76,32 @@ def find_weights(
     if weights not in names: raise UserError(f"--weights {weights}: neither a file, nor a run, nor one of the shipped names ({', '.join(names)})")
     return folder / names[weights]
 
-# %% ../nbs/12_checkpoint.ipynb #dace3ebc
+# %% ../nbs/12_checkpoint.ipynb #025e0e5c
 def _write(path, raw):
     "Bytes to disk, flushed through to the device"
     with open(path, "wb") as f:
         f.write(raw); f.flush(); os.fsync(f.fileno())
+
+
+def _sync(folder):
+    "Flush a folder's list of names to the device, so that not even a power cut forgets a rename"
+    fd = os.open(folder, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+
+def _steps(folder):
+    "Checkpoint folders, newest first"
+    return sorted(Path(folder).glob("step-????????"), reverse=True)
+
+
+def _read(path):
+    "{file name: bytes} of a checkpoint; `ValueError` unless each is what the manifest says"
+    files = {}
+    for n, h in json.loads((path / "manifest.json").read_bytes())["sha256"].items():
+        files[n] = (path / n).read_bytes()
+        if hashlib.sha256(files[n]).hexdigest() != h: raise ValueError(f"{n} does not match its hash")
+    return files
 
 
 def save_checkpoint(
@@ -99,40 +121,29 @@ def save_checkpoint(
         shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
         for n, b in files.items(): _write(tmp / n, b)
         _write(tmp / "manifest.json", json.dumps(manifest).encode())
-        _check(tmp)
-        if final.exists(): shutil.rmtree(final)   # same step, same content: only a broken one is ever replaced by something else
-        os.rename(tmp, final)
-        fd = os.open(folder, os.O_RDONLY); os.fsync(fd); os.close(fd)
-    except OSError as e:
+        _read(tmp); _sync(tmp)
+        if final.exists(): shutil.rmtree(final)   # only a broken one: a run goes on from its newest sound checkpoint
+        os.rename(tmp, final); _sync(folder)
+    except (OSError, ValueError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"{folder}: checkpoint of step {step} cannot be written ({e.strerror or e}); earlier ones are intact; free space and start again") from None
-    for old in _steps(folder)[keep:]: shutil.rmtree(old, ignore_errors=True)
+        raise UserError(f"{folder}: checkpoint of step {step} cannot be written ({getattr(e, 'strerror', None) or e}); earlier ones are intact; free space or choose another --out, and start again") from None
+    good = [p for p in _steps(folder) if p <= final][:keep]
+    for p in _steps(folder):                      # old ones, and newer ones: those were found broken, or we would not be here
+        if p not in good: shutil.rmtree(p, ignore_errors=True)
     return final
 
-
-def _steps(folder):
-    "Checkpoint folders, newest first"
-    return sorted(Path(folder).glob("step-????????"), reverse=True)
-
-
-def _check(path):
-    "Raise `ValueError` unless every file of the manifest is there, whole"
-    for n, h in json.loads((path / "manifest.json").read_bytes())["sha256"].items():
-        if hashlib.sha256((path / n).read_bytes()).hexdigest() != h: raise ValueError(f"{n} does not match its hash")
-
-# %% ../nbs/12_checkpoint.ipynb #4e30ecae
+# %% ../nbs/12_checkpoint.ipynb #27103465
 def load_checkpoint(
     folder,        # the run's `checkpoint/`
-    device="cpu",  # where tensors go
+    device="cpu",  # where the tensors of the state go
 ):
     "`(step, weights, state)` of the newest sound checkpoint, None where there is none; a broken one is skipped with a warning; all broken is a `UserError`"
     steps = _steps(folder)
     for path in steps:
         try:
-            _check(path)
-            weights = unflatten(st.load_file(path / "weights.safetensors", device=str(device)))
-            state = torch.load(path / "state.pt", map_location=device, weights_only=True)
-            return int(path.name[5:]), weights, state
+            files = _read(path)
+            state = torch.load(io.BytesIO(files["state.pt"]), map_location=device, weights_only=True)
+            return int(path.name[5:]), unflatten(st.load(files["weights.safetensors"])), state
         except Exception as e: warnings.warn(f"{path}: broken checkpoint ({type(e).__name__}: {str(e)[:120]}); trying the one before")
-    if steps: raise UserError(f"{folder}: none of the checkpoints ({', '.join(p.name for p in steps)}) is readable; nothing was overwritten; choose another --out")
+    if steps: raise UserError(f"{folder}: none of the checkpoints ({', '.join(p.name for p in steps)}) is readable; nothing was overwritten; restore one from a copy or choose another --out")
     return None

@@ -51,7 +51,7 @@ def data_dir(
     p = Path(env) / name if env else None
     return p if p is not None and p.exists() else None
 
-# %% ../nbs/00_core.ipynb #3ba03477
+# %% ../nbs/00_core.ipynb #5266f02f
 @contextlib.contextmanager
 def whole(
     path,         # file or folder that should appear complete
@@ -67,7 +67,7 @@ def whole(
     try: yield tmp
     except OSError as e:
         if tmp.is_file(): tmp.unlink()
-        if e.errno in (13, 28, 30): raise UserError(f"{path}: cannot be written ({e.strerror}); free space or choose another --out") from e
+        if e.errno in (5, 13, 27, 28, 30, 122): raise UserError(f"{path}: cannot be written ({e.strerror}); free space or choose another --out") from e
         raise
     except BaseException:
         if tmp.is_file(): tmp.unlink()

@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'lr_factor', 'adamw', 'Job', 'Loop', 'Stop', 'Log', 'fit', 'job_meta', 'parse_params', 'task_module',
            'train_task', 'main']
 
-# %% ../nbs/13_train.ipynb #bbd21034
+# %% ../nbs/13_train.ipynb #1436a3f4
 import argparse, contextlib, copy, csv, json, math, os, signal, sys, threading, time, warnings
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights
-from .core import RunFolder, Settings, UserError, environment, generator, mix, pick_device, pick_precision, root, seed_everything, whole
+from .core import RunFolder, Settings, UserError, environment, generator, mix, pick_device, pick_precision, read_json, root, seed_everything, whole
 from .datasets import indices
 
 # %% ../nbs/13_train.ipynb #dc953f6b
@@ -64,7 +64,7 @@ def adamw(net, cfg):
     "AdamW over a network with the fused kernel"
     return torch.optim.AdamW(net.parameters(), cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
 
-# %% ../nbs/13_train.ipynb #a0b3316c
+# %% ../nbs/13_train.ipynb #3ee497e1
 @dataclass
 class Job:
     "What a task gives to the loop"
@@ -74,10 +74,10 @@ class Job:
     n: int                          # training samples
     validate: Callable = None       # (nets) -> {name: float}, with the averaged weights
     preview: Callable = None        # (nets) -> uint8 array (H, W), a picture of progress
-    state: dict = field(default_factory=dict)  # name -> tensor the task changes in place (image pool, code counts)
+    state: dict = field(default_factory=dict)  # name -> tensor the task changes in place (image pool, code counts), from whole batches (`Loop.gather`)
     meta: dict = field(default_factory=dict)   # facts kept in the header of the weights
 
-# %% ../nbs/13_train.ipynb #5029873b
+# %% ../nbs/13_train.ipynb #7a575850
 class Loop:
     "Networks, precision, randomness and updates for one run"
     def __init__(self, job, cfg, device):
@@ -89,8 +89,9 @@ class Loop:
         fmt = torch.channels_last if cfg.channels_last else torch.contiguous_format
         self.raw = {k: n.to(device, memory_format=fmt) for k, n in job.nets.items()}
         self.ema = {k: copy.deepcopy(n).eval().requires_grad_(False) for k, n in self.raw.items()} if cfg.ema else self.raw
-        wrap = lambda n: torch.nn.parallel.DistributedDataParallel(n) if self.world > 1 and any(p.requires_grad for p in n.parameters()) else n
-        self.nets = {k: torch.compile(wrap(n)) if cfg.compile else wrap(n) for k, n in self.raw.items()}
+        self.nets = {k: torch.compile(n) if cfg.compile else n for k, n in self.raw.items()}     # only a call compiles: `raw` keeps its names
+        self.lrs = {k: [g["lr"] for g in o.param_groups] for k, o in job.opts.items()}           # peaks, one for each group
+        self.bad = torch.tensor(cfg.steps, device=device)                                        # first step that was not finite
 
     def autocast(self):
         "Context for the forward pass; losses are computed in float32 (`losses`)"
@@ -112,18 +113,40 @@ class Loop:
         n = self.cfg.batch_size // self.world
         return x[self.rank * n:(self.rank + 1) * n]
 
+    def gather(self, x):
+        "Inverse of `share`: the whole batch, in every process, without gradient"
+        if self.world == 1: return x.detach()
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(parts, x.detach().contiguous())
+        return torch.cat(parts)
+
     def update(self,
-        name,  # which optimiser
-        loss,  # 0-d tensor
+        name,  # which optimiser; as often in a step as the task likes
+        loss,  # 0-d tensor, float32
     ):
-        "Backward, unscale, clip, step"
-        opt = self.job.opts[name]
+        "Backward, mean over processes, unscale, clip, step"
+        if loss.dtype != torch.float32: raise TypeError(f"the loss for {name!r} is {loss.dtype}: compute it in float32, as `losses` does")
+        opt = self.job.opts[name]; params = [p for g in opt.param_groups for p in g["params"]]
         opt.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        if self.cfg.grad_clip:
-            self.scaler.unscale_(opt)
-            torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], self.cfg.grad_clip)
-        self.scaler.step(opt)
+        if self.world > 1: _mean_gradients(params, self.world)
+        self.scaler.unscale_(opt)
+        norm = torch.nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
+        self.watch(loss, *([] if self.scaler.is_enabled() else [norm]))      # the scaler skips a step whose gradient overflows
+        self.scaler.step(opt); self.scaler.update()
+
+    def watch(self, *figures):
+        "Note the first step with a figure that is not finite, on the device, without waiting for it"
+        ok = torch.stack([f.detach().float() for f in figures]).isfinite().all()
+        self.bad = torch.where(ok, self.bad, self.bad.clamp(max=self.step))
+
+    def check(self, run):
+        "Stop where some step was not finite, naming it and its samples; called before anything is written"
+        if self.world > 1: dist.all_reduce(self.bad, dist.ReduceOp.MIN)
+        bad = int(self.bad)
+        if bad == self.cfg.steps and not (self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3): return
+        why = f"loss or gradient not finite at step {bad} (0-based), samples {indices(self.cfg.seed, bad, self.cfg.batch_size, self.job.n).tolist()}" if bad < self.cfg.steps else "fp16 gradients overflow again and again"
+        raise UserError(f"{run.path}: {why}; the last good checkpoint is kept; look at these data, lower lr or use precision=fp32, in a new --out")
 
     @torch.no_grad()
     def average(self):
@@ -132,7 +155,7 @@ class Loop:
         decay = min(self.cfg.ema, (1 + self.step) / (10 + self.step))
         for k, n in self.raw.items():
             e = self.ema[k]
-            torch._foreach_lerp_(list(e.parameters()), list(n.parameters()), 1 - decay)
+            if ps := list(e.parameters()): torch._foreach_lerp_(ps, list(n.parameters()), 1 - decay)
             for a, b in zip(e.buffers(), n.buffers()): a.copy_(b)
 
     def train_step(self, step):
@@ -140,12 +163,12 @@ class Loop:
         self.step = step
         seed_everything(self.cfg.seed, "step", step, self.rank)      # dropout and the like
         f = lr_factor(step, self.cfg)
-        for o in self.job.opts.values():
-            for g in o.param_groups: g["lr"] = o.defaults["lr"] * f
+        for k, o in self.job.opts.items():
+            for g, lr in zip(o.param_groups, self.lrs[k]): g["lr"] = lr * f
         for n in self.raw.values(): n.train()
         idx = self.share(indices(self.cfg.seed, step, self.cfg.batch_size, self.job.n))
         out = self.job.step(self, idx.to(self.device))
-        self.scaler.update()
+        self.watch(*out.values())
         self.average()
         return {k: v.detach().float() for k, v in out.items()}
 
@@ -161,20 +184,32 @@ class Loop:
         if self.ema is not self.raw:
             for k, n in self.ema.items(): n.load_state_dict(weights[f"ema.{k}"])
         for k, o in self.job.opts.items(): o.load_state_dict(state["opts"][k])
-        if self.scaler.is_enabled(): self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]: self.scaler.load_state_dict(state["scaler"])
         for k, t in state["task"].items(): self.job.state[k].copy_(t)
 
-# %% ../nbs/13_train.ipynb #6d40bd54
+
+def _mean_gradients(params, world):
+    "Mean over the processes, in one message"
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads]) / world
+    dist.all_reduce(flat)
+    torch._foreach_copy_(grads, [v.view(g.shape) for v, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
+# %% ../nbs/13_train.ipynb #6c1ba251
 class Stop:
     "Turns SIGTERM and SIGINT into a flag while it is entered (main thread only)"
     def __enter__(self):
         self.signal, self.old = None, {}
         if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGTERM, signal.SIGINT): self.old[s] = signal.signal(s, lambda n, _: setattr(self, "signal", n))
+            for s in (signal.SIGTERM, signal.SIGINT): self.old[s] = signal.signal(s, self.note)
         return self
 
+    def note(self, number, _):
+        if self.signal == number == signal.SIGINT: raise KeyboardInterrupt
+        self.signal = number
+
     def __exit__(self, *_):
-        for s, h in self.old.items(): signal.signal(s, h)
+        for s, h in self.old.items(): signal.signal(s, h or signal.SIG_DFL)
 
     def leave(self):
         "End the program as the signal asked"
@@ -214,7 +249,7 @@ class Log:
     def close(self):
         if self.bar: self.bar.stop()
 
-# %% ../nbs/13_train.ipynb #04f9a63e
+# %% ../nbs/13_train.ipynb #ace1ccbc
 def fit(
     job,             # Job, or a function () -> Job called only when there is something to train
     cfg,             # TrainConfig
@@ -229,73 +264,81 @@ def fit(
     main = not dist.is_initialized() or dist.get_rank() == 0
     t0 = time.monotonic()
     with run.lock() if main else contextlib.nullcontext():
-        if threads: torch.set_num_threads(threads)
-        if main: run.start(cfg, environment(device))
-        if run.state == "DONE": return {"state": "DONE", **json.loads((run / "DONE").read_text())}
+        done = run.state == "DONE"
+        found = None if done else load_checkpoint(run / "checkpoint", device)
+        if threads or found: torch.set_num_threads(threads or found[2]["threads"])
+        if main: run.start(cfg, read_json(run / "env.json") if done else environment(device))
+        if done: return {"state": "DONE", **read_json(run / "DONE")}
         seed_everything(cfg.seed, "init")                            # initial weights
         loop = Loop(job() if callable(job) else job, cfg, device)
-        found = load_checkpoint(run / "checkpoint", device)
-        step = _restore(loop, found, threads) if found else 0
-        sums, count = found[2]["sums"] if found else ({}, 0)
+        step, sums, count = _restore(loop, found, run) if found else (0, {}, 0)
         log = Log(run, cfg, step, quiet or not main)
         if main: run.mark(None)
         with Stop() as stop:
-            try:
-                while step < cfg.steps:
-                    out = loop.train_step(step)
-                    step, count = step + 1, count + 1
-                    sums = {k: sums.get(k, 0) + v for k, v in out.items()}
-                    last = step == cfg.steps
-                    if step % cfg.log_every == 0 or last:
-                        means = _means(sums, count, loop)
-                        sums, count = {}, 0
-                        _finite(means, step, run)
-                        if main: log.add(step, lr=cfg.lr * lr_factor(step - 1, cfg), **means)
-                    if (step % cfg.val_every == 0 or last) and main: _validate(loop, log, step, run)
-                    if (step % cfg.log_every == 0 or last) and main: log.line(step)
-                    pause = stop.signal or (max_hours and time.monotonic() - t0 > max_hours * 3600)
-                    if loop.world > 1: pause = _any(pause, device)
-                    if main and (step % cfg.save_every == 0 or last or pause):
-                        weights, state = loop.state()
-                        save_checkpoint(run / "checkpoint", step, weights, state | {"threads": torch.get_num_threads(), "sums": (sums, count)})
-                    if pause and not last: break
+            try: step = _train(loop, run, log, stop, t0 + 3600 * max_hours if max_hours is not None else math.inf, step, sums, count)
             finally: log.close()
             info = {"step": step, "seconds": round(time.monotonic() - t0, 1), "precision": loop.precision}
             state = "DONE" if step >= cfg.steps else "PAUSED"
             if main:
                 if state == "DONE": save_weights(run / "weights.safetensors", {k: n.state_dict() for k, n in loop.ema.items()}, {**job_meta(loop.job, cfg), "step": step})
                 run.mark(state, **info)
-            if state == "PAUSED":
-                if main and not quiet: print(f"paused at step {step}/{cfg.steps}; the same command goes on from here", flush=True)
-                stop.leave()
+                if state == "PAUSED" and not quiet: print(f"paused at step {step}/{cfg.steps}; the same command goes on from here", flush=True)
+            stop.leave()
     return {"state": state, **info}
 
-# %% ../nbs/13_train.ipynb #c991ce01
+# %% ../nbs/13_train.ipynb #55973bbc
+def _train(loop, run, log, stop, end, step, sums, count):
+    "Steps, rows, validations and checkpoints, until the last step, a signal, or shortly before the time `end`; returns the step reached"
+    cfg, main, longest, tick = loop.cfg, loop.rank == 0, 0, time.monotonic()
+    while step < cfg.steps:
+        out = loop.train_step(step)
+        step, count = step + 1, count + 1
+        sums = {k: sums.get(k, 0) + v for k, v in out.items()}
+        now = time.monotonic(); longest, tick = max(longest, now - tick), now
+        pause = bool(stop.signal) or now + 2 * longest > end
+        if loop.world > 1: pause = _any(pause)
+        row, val, save = (step == cfg.steps or step % n == 0 for n in (cfg.log_every, cfg.val_every, cfg.save_every))
+        if row or val or save or pause: loop.check(run)
+        if row:
+            means, sums, count = _means(sums, count, loop), {}, 0
+            if main: log.add(step, lr=cfg.lr * lr_factor(step - 1, cfg), **means)
+        if val and main: _validate(loop, log, step, run)
+        if row and main: log.line(step)
+        if save or pause:
+            sums = _means(sums, 1, loop)
+            if main: save_checkpoint(run / "checkpoint", step, *_state(loop, sums, count))
+        if pause: break
+    return step
+
+
 def job_meta(job, cfg):
     "Header of a weights file: the task's facts and the config that made it"
     return {**job.meta, "config": cfg.model_dump(mode="json")}
 
 
-def _restore(loop, found, threads):
-    "Put a checkpoint into the loop; returns its step"
+def _state(loop, sums, count):
+    "`(weights, state)` for a checkpoint: the loop's, figures of the interval so far, and the circumstances"
+    weights, state = loop.state()
+    return weights, state | {"threads": torch.get_num_threads(), "device": loop.device.type, "precision": loop.precision, "samples": loop.job.n, "sums": (sums, count)}
+
+
+def _restore(loop, found, run):
+    "Put a checkpoint into the loop; returns (step, sums, count). Other data are an error, other circumstances a warning"
     step, weights, state = found
+    _, now = _state(loop, {}, 0)
+    if state.get("samples", loop.job.n) != loop.job.n: raise UserError(f"{run.path}: begun with {state['samples']} training samples, now there are {loop.job.n}; pass the same --data or choose another --out")
+    for k in ("threads", "device", "precision"):
+        if state.get(k, now[k]) != now[k]: warnings.warn(f"{run.path}: begun with {k}={state[k]}, goes on with {now[k]}: results may differ in the last bits")
     loop.restore(weights, state)
-    if threads and threads != state["threads"]: warnings.warn(f"resuming with {threads} threads a run begun with {state['threads']}: results may differ in the last bits")
-    torch.set_num_threads(threads or state["threads"])
-    return step
+    return step, *state["sums"]
 
 
 def _means(sums, count, loop):
     "Means over the steps of an interval, and over the processes"
-    t = torch.stack([v / count for v in sums.values()])
+    if not sums: return {}
+    t = torch.stack([torch.as_tensor(v, device=loop.device) / count for v in sums.values()])
     if loop.world > 1: dist.all_reduce(t); t /= loop.world
     return dict(zip(sums, t.tolist()))
-
-
-def _finite(means, step, run):
-    "Stop on NaN or Inf, before a checkpoint is made of it"
-    bad = [k for k, v in means.items() if not math.isfinite(v)]
-    if bad: raise UserError(f"{run.path}: {', '.join(bad)} is not finite at or shortly before step {step}; the last good checkpoint is kept; lower lr or use precision=fp32")
 
 
 def _validate(loop, log, step, run):
@@ -306,16 +349,16 @@ def _validate(loop, log, step, run):
     if loop.job.preview:
         with torch.no_grad(), contextlib.suppress(ImportError):
             from PIL import Image
-            Image.fromarray(loop.job.preview(loop.ema)).save(run / "samples" / f"step-{step:08d}.png")
+            with whole(run / "samples" / f"step-{step:08d}.png", force=True) as p: Image.fromarray(loop.job.preview(loop.ema)).save(p, "PNG")
 
 
-def _any(flag, device):
-    "True where any process says so"
-    t = torch.tensor(float(bool(flag)), device=device)
+def _any(flag):
+    "True where any process says so; everybody waits for everybody. Through the processor's memory, so that no GPU is waited for"
+    t = torch.tensor(float(bool(flag)))
     dist.all_reduce(t, dist.ReduceOp.MAX)
-    return bool(t.item())
+    return bool(t)
 
-# %% ../nbs/13_train.ipynb #72e47303
+# %% ../nbs/13_train.ipynb #c1d091df
 def parse_params(
     pairs,  # ["lr=1e-3", "chs=[32,64]"]
 ):
@@ -357,14 +400,14 @@ def train_task(
 
     def job():
         first = not dist.is_initialized() or dist.get_rank() == 0
-        if not first: dist.barrier()                     # rank 0 prepares the data, the others then find them
+        if not first: _any(False)                        # rank 0 prepares the data, the others then find them
         slices = task.load_data(cfg, data, pattern)
-        if first and dist.is_initialized(): dist.barrier()
+        if first and dist.is_initialized(): _any(False)
         return task.job(cfg, slices, pick_device(kw.get("device") or "auto"))
 
     return run, fit(job, cfg, run, **kw)
 
-# %% ../nbs/13_train.ipynb #fce88919
+# %% ../nbs/13_train.ipynb #ea522f17
 def main(argv=None):
     "`python -m mri_gen.train SLUG [--profile P] [-p NAME=VALUE] [--data D [--pattern P]] [--out DIR] [--name RUN] [--max-hours H] [--device D] [--threads N]`"
     ap = argparse.ArgumentParser("mri_gen.train", description="Train one task; an unfinished run goes on by itself.")
@@ -375,8 +418,9 @@ def main(argv=None):
     a = ap.parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        device = pick_device(a.device if world == 1 or not torch.cuda.is_available() else f"cuda:{os.environ['LOCAL_RANK']}")
-        if world > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device = pick_device(a.device)
+        if world > 1 and device.type == "cuda": device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}"); torch.cuda.set_device(device)
+        if world > 1: dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         run, info = train_task(a.slug, a.profile, parse_params(a.params), a.data, a.pattern, a.out, a.name, device=str(device), max_hours=a.max_hours, threads=a.threads)
         if int(os.environ.get("RANK", 0)) == 0: print(f"{info['state']} step={info['step']} run={run.path}", flush=True)
     except UserError as e: print(f"mri_gen.train: {e}", file=sys.stderr); return 1
