@@ -6,14 +6,14 @@
 __all__ = ['flatten', 'unflatten', 'weights_bytes', 'save_weights', 'load_weights', 'find_weights', 'save_checkpoint',
            'load_checkpoint']
 
-# %% ../nbs/12_checkpoint.ipynb #9a6e8e2c
+# %% ../nbs/12_checkpoint.ipynb #81dc7d24
 import hashlib, io, json, os, shutil, warnings
 from pathlib import Path
 
 import safetensors.torch as st
 import torch
 
-from .core import UserError, artifacts_dir, read_json, whole
+from .core import UserError, artifacts_dir, read_json, root, whole
 
 # %% ../nbs/12_checkpoint.ipynb #b1e69db9
 def flatten(nets):
@@ -58,23 +58,23 @@ def load_weights(path):
     except Exception as e:   # safetensors raises its own error types; whatever it was, the file is not to be used
         raise UserError(f"{path}: not a safetensors file of this project ({e}); it may be truncated") from None
 
-# %% ../nbs/12_checkpoint.ipynb #c41383d6
+# %% ../nbs/12_checkpoint.ipynb #2cfc0edb
 def find_weights(
     slug,          # task
     weights=None,  # name in `artifacts/<slug>/weights.json`, a safetensors file, a run folder; None: the first name
 ):
     "Path of a weights file; `UserError` lists what there is"
+    shipped = artifacts_dir(slug) if weights is None or root() else None
+    names = read_json(shipped / "weights.json") if shipped and (shipped / "weights.json").exists() else {}
+    if weights in names: return shipped / names[weights]
     if weights is not None and Path(weights).is_file(): return Path(weights)
     if weights is not None and Path(weights).is_dir():
         p = Path(weights) / "weights.safetensors"
         if not p.exists(): raise UserError(f"{weights}: this run has no weights.safetensors yet; let it finish (the same command goes on), or name another")
         return p
-    folder = artifacts_dir(slug)
-    if not (folder / "weights.json").exists(): raise UserError(f"{slug}: no weights are shipped for this task; train some (`mri_gen train {slug}`) and pass --weights RUN")
-    names = read_json(folder / "weights.json")
-    if weights is None: weights = next(iter(names))
-    if weights not in names: raise UserError(f"--weights {weights}: neither a file, nor a run, nor one of the shipped names ({', '.join(names)})")
-    return folder / names[weights]
+    if not names: raise UserError(f"{slug}: no weights are shipped for this task; train some (`mri_gen train {slug}`) and pass --weights RUN")
+    if weights is not None: raise UserError(f"--weights {weights}: neither a file, nor a run, nor one of the shipped names ({', '.join(names)})")
+    return shipped / next(iter(names.values()))
 
 # %% ../nbs/12_checkpoint.ipynb #025e0e5c
 def _write(path, raw):

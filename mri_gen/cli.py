@@ -6,8 +6,8 @@
 __all__ = ['app', 'predict', 'download', 'Profile', 'Params', 'Data', 'Force', 'Device', 'Weights', 'DEMO', 'message',
            'say_error', 'main', 'existing', 'say', 'save_array', 'download_ixi', 'simulate', 'train',
            'notebook_parameters', 'execute', 'run', 'publish', 'evaluate', 'report', 'predict_inpaint', 'score',
-           'weights_found', 'data_found', 'doctor', 'demo_folder', 'demo_cohort', 'demo_train', 'demo_test_slices',
-           'demo_inpaint', 'demo']
+           'bench', 'weights_found', 'data_found', 'doctor', 'demo_folder', 'demo_cohort', 'demo_train',
+           'demo_test_slices', 'demo_inpaint', 'demo']
 
 # %% ../nbs/39_cli.ipynb #bbea65e2
 import sys
@@ -16,7 +16,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/39_cli.ipynb #a88d501b
+# %% ../nbs/39_cli.ipynb #061ca455
 app = typer.Typer(name="mri_gen", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Generative brain MRI: simulate, train, evaluate, restore, report. Not for clinical use.")
 predict = typer.Typer(name="predict", no_args_is_help=True, rich_markup_mode=None, help="Apply a task's shipped weights, or others, to your data.")
 app.add_typer(predict)
@@ -51,6 +51,7 @@ def main(argv=None):
     try: return app(words, prog_name="mri_gen", standalone_mode=False) or 0
     except KeyboardInterrupt: return 130
     except Exception as e:
+        if type(e).__name__ == "NoArgsIsHelpError": print(e.ctx.get_help()); return 2
         if debug: import traceback; traceback.print_exc()
         if isinstance(e, OSError) and e.errno in (13, 27, 28, 30): say_error(f"{e.filename or 'output'}: {e.strerror}; free space, or choose another place for the output"); return 1
         usage, known = hasattr(e, "format_message"), type(e).__name__ == "UserError"
@@ -274,6 +275,25 @@ def score(
     if format == "json":                                                     # elsewhere the captions say it
         for n in notes: say_error(f"note: {n}")
     print(text, end="")
+
+# %% ../nbs/39_cli.ipynb #62c2a88e
+@app.command()
+def bench(
+    out: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="write rows, ratios, memory and the machine to this file")] = None,
+    profile: Annotated[str, typer.Option(help="size: full (under 4 minutes), smoke (seconds, says nothing about speed)")] = "full",
+    p: Params = None, force: Force = False, device: Device = "auto",
+):
+    "Our training step against a plain one, and what each choice is worth: ratios measured side by side."
+    import contextlib
+    from mri_gen.bench import BenchConfig, measure, text
+    from mri_gen.core import pick_device, whole, write_json
+    from mri_gen.train import parse_params
+    cfg, device = BenchConfig.profile(profile, **parse_params(p)), pick_device(device)
+    with whole(out, force) if out else contextlib.nullcontext() as tmp:
+        result = measure(cfg, device, say=lambda s: print(s, file=sys.stderr, flush=True))
+        if out: write_json(tmp, result)
+    say(text(result))
+    if out: say(f"{out}: {len(result['rows'])} rows")
 
 # %% ../nbs/39_cli.ipynb #ae15a551
 def weights_found():

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SPLIT_COLUMNS', 'PLANES', 'HEAD_MM', 'HEAD_TOP_ROW', 'HEAD_MID_COLUMN', 'PATTERN', 'write_rows',
-           'check_leak', 'make_splits', 'load_splits', 'split_of', 'split_subjects', 'resize', 'extract_slices', 'Head',
-           'find_head', 'sample_planes', 'head_slices_64', 'random_head_slices_64', 'DeviceData', 'order', 'indices',
-           'read_array', 'check_array', 'SliceSet', 'save_slices', 'read_png', 'read_slice', 'load_slices',
-           'find_volumes', 'read_cohort', 'PairDataset']
+           'check_leak', 'make_splits', 'load_splits', 'split_of', 'ixi_name', 'split_subjects', 'resize',
+           'extract_slices', 'Head', 'find_head', 'sample_planes', 'head_slices_64', 'random_head_slices_64',
+           'DeviceData', 'order', 'indices', 'read_array', 'check_array', 'SliceSet', 'save_slices', 'read_png',
+           'read_slice', 'load_slices', 'find_volumes', 'read_cohort', 'PairDataset']
 
 # %% ../nbs/06_datasets.ipynb #44711fda
 import csv, functools, re
@@ -52,7 +52,7 @@ def check_leak(
     bad = sorted(s for s, v in seen.items() if len(v) > 1)
     if bad: raise UserError(f"split table: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''} ({len(bad)} in all) in more than one split; give each subject one split")
 
-# %% ../nbs/06_datasets.ipynb #5f019a1d
+# %% ../nbs/06_datasets.ipynb #c4379343
 def make_splits(
     slices_dir,  # folder `ixi_slices` (its slices.csv gives subject, site and the original train/val)
     heads_dir,   # folder `ixi_hh_t1_2mm`
@@ -98,7 +98,13 @@ def split_of(
     name="ixi_slices",   # data set = column of the table
 ):
     "'train', 'dev' or 'val'; '' for a subject that must not be used there; None for one the table does not know"
-    return next((r[name] for r in load_splits() if r["subject"] == subject), None)
+    return next((r[name] for r in load_splits() if r["subject"] == ixi_name(subject)), None)
+
+
+def ixi_name(subject):
+    "`IXI162` of `IXI162-HH-1548` or `IXI162_0020`: however a pattern cuts the name out, the split table finds its person"
+    m = re.match(r"IXI\d{3}(?!\d)", subject)
+    return m[0] if m else subject
 
 # %% ../nbs/06_datasets.ipynb #1f4e8493
 def split_subjects(
@@ -120,13 +126,15 @@ def split_subjects(
         if n[rich] > 1: s = [s for s in out if out[s] == rich][-1]; out[s] = k; n[rich] -= 1; n[k] += 1
     return {s: out[s] for s in site}
 
-# %% ../nbs/06_datasets.ipynb #428b0157
+# %% ../nbs/06_datasets.ipynb #3bf03326
 def _box_weights(n_in, n_out, ratio):
     "(n_out, n_in) weights; ratio = output pixel / input pixel; the centres of both fields of view coincide"
     width = max(1., ratio)
     c = n_in / 2 + (np.arange(n_out) - (n_out - 1) / 2)[:, None] * ratio
     i = np.arange(n_in)[None]
-    return (np.clip(np.minimum(c + width / 2, i + 1) - np.maximum(c - width / 2, i), 0, None) / width).astype(np.float32)
+    w = np.clip(np.minimum(c + width / 2, i + 1) - np.maximum(c - width / 2, i), 0, None) / width
+    inside = (c >= 0) & (c <= n_in)      # a pixel of the result whose centre is in the picture is not darkened by what is outside
+    return np.where(inside, w / np.maximum(w.sum(1, keepdims=True), 1e-9), w).astype(np.float32)
 
 
 def resize(
@@ -233,12 +241,12 @@ def head_slices_64(
     origin = np.stack([h.x + off, h.y + 0 * off, h.z + 0 * off], 1)
     return sample_planes(h, origin, one * [0, 0, -HEAD_MM], one * [0, HEAD_MM, 0])
 
-# %% ../nbs/06_datasets.ipynb #c4ba1e73
+# %% ../nbs/06_datasets.ipynb #95b93b90
 def random_head_slices_64(
     volume,            # `volumes.Volume` or a `Head`
     n,                 # how many
     key,               # anything printable: the same key gives the same slices
-    plane="sagittal",  # or "axial" (anterior to the right, as in `ixi_slices`)
+    plane="sagittal",  # or "axial" (anterior to the right as in `ixi_slices`, but the mirror image of it: patient left below)
     degrees=6.,        # bound of the rotation about each axis
     shift_mm=8.,       # bound of the shift inside the plane
     scale=(.85, 1.15), # size of the head
@@ -351,7 +359,7 @@ def check_array(
     if lo == hi and not constant: raise UserError(f"{name}: constant (every value is {lo:g}); nothing can be learned from or restored in it")
     return np.clip(x, 0, 1, out=x)
 
-# %% ../nbs/06_datasets.ipynb #14859e83
+# %% ../nbs/06_datasets.ipynb #895233c4
 @dataclass
 class SliceSet:
     "Slices and their table, row by row"
@@ -388,7 +396,7 @@ def save_slices(
     force=False,
 ):
     "`{split}.npy` and slices.csv, the whole folder or nothing; rows without a split go to `all.npy`"
-    with core.whole(folder, force) as tmp:
+    with core.whole(folder, force, ours="slices.csv") as tmp:
         tmp.mkdir(); rows = []
         names = slices.column("split"); dtype = np.uint8 if slices.images.dtype == np.uint8 else np.float16
         for s in sorted(set(names.tolist())):
@@ -426,7 +434,7 @@ def read_slice(path, rgb="gray"):
     x = read_array(path)
     return np.asarray(x) if x.dtype == np.uint8 else check_array(x[None], str(path), None, constant=True)[0]
 
-# %% ../nbs/06_datasets.ipynb #88ab803c
+# %% ../nbs/06_datasets.ipynb #340a9904
 def _list_slices(
     path,  # folder
 ):
@@ -446,9 +454,9 @@ def _apply_table(rows, splits):
     "Splits and sites of data/splits.csv for the subjects it knows; rows it leaves empty are dropped"
     known = {r["subject"]: r for r in load_splits()} if splits and core.root() else {}
     for r in rows:
-        k = known.get(r["subject"])
+        k = known.get(ixi_name(r["subject"]))
         if k: r["split"], r["site"] = k[splits], r.get("site") or k["site"]
-    return [r for r in rows if r["subject"] not in known or r["split"]]
+    return [r for r in rows if ixi_name(r["subject"]) not in known or r["split"]]
 
 
 def _pick(rows, split, path):

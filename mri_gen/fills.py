@@ -87,7 +87,7 @@ def fit_place(
         weights[h, near[h]], bias[h] = w, mb - ma @ w
     return weights, bias
 
-# %% ../nbs/15_fills.ipynb #43cc3622
+# %% ../nbs/15_fills.ipynb #595ef663
 class LocalRidge:
     "Best linear prediction from the known pixels of an 11x11 neighbourhood: weights for each place under the mask it was fitted for, one rule for all places elsewhere"
     def __init__(self,
@@ -132,12 +132,12 @@ class LocalRidge:
                 plane = ((x[s, None] - self.means) ** 2 * known).sum((2, 3)).argmin(1)
                 out[s][:, ~known] = (windows(x[s] * known)[:, ~known] * self.weights[plane]).sum(-1) + self.bias[plane]
             return out
-        near, v = windows(known)[~known], windows((x - self.mean) * known)[:, ~known]
-        patterns, which = np.unique(near, axis=0, return_inverse=True); fill = np.full((len(x), len(near)), self.mean)
+        near = windows(known)[~known]
+        patterns, which = np.unique(near, axis=0, return_inverse=True); rules = np.zeros(patterns.shape)
         for j, p in enumerate(patterns):
-            cols = np.flatnonzero(which.ravel() == j)
-            if p.any(): fill[:, cols] += v[:, cols][:, :, p] @ np.linalg.solve(self.cov[np.ix_(p, p)] + 1e-4 * np.eye(p.sum()), self.cov[p, SIDE * SIDE // 2])
-        out[:, ~known] = fill
+            if p.any(): rules[j, p] = np.linalg.solve(self.cov[np.ix_(p, p)] + 1e-4 * np.eye(p.sum()), self.cov[p, SIDE * SIDE // 2])
+        for s in (slice(i, i + 16) for i in range(0, len(x), 16)):
+            out[s][:, ~known] = self.mean + np.einsum("nhk,hk->nh", windows((x[s] - self.mean) * known)[:, ~known], rules[which.ravel()])
         return out
 
 # %% ../nbs/15_fills.ipynb #ec94c291

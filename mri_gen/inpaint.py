@@ -8,7 +8,7 @@ __all__ = ['SIZE', 'OFFSETS_MM', 'CHUNK', 'METHODS', 'CARD', 'check_mask', 'push
            'test_slices', 'load_data', 'augment', 'hole_loss', 'job', 'Restorer', 'pretrained', 'predict', 'Evaluation',
            'evaluate', 'companions', 'pictures']
 
-# %% ../nbs/21_inpaint.ipynb #8f2b4873
+# %% ../nbs/21_inpaint.ipynb #f1f6a859
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from .checkpoint import find_weights, load_weights, save_weights
-from .core import UserError, data_dir, mix, pick_device, root
+from .core import UserError, data_dir, locked, mix, pick_device, root
 from .corrupt import N_DRAWS, random_masks, read_mask, rician, tilted
-from .datasets import (PATTERN, DeviceData, SliceSet, check_array, find_head, find_volumes, head_slices_64, load_slices, random_head_slices_64, read_cohort, resize, save_slices,
+from .datasets import (PATTERN, DeviceData, SliceSet, check_array, find_head, find_volumes, head_slices_64, load_slices, load_splits, random_head_slices_64, read_cohort, resize, save_slices,
                               split_of, split_subjects)
 from .fills import CLASSICAL, LocalRidge, fill_with
 from .layers import UNet, count_parameters
 from .losses import PIXEL_ERRORS, pixel_loss, psnr_loss
-from .train import Job, TrainConfig, adamw
+from .train import Job, TrainConfig, adamw, source_id
 
-# %% ../nbs/21_inpaint.ipynb #5064b030
+# %% ../nbs/21_inpaint.ipynb #aa5d4059
 def check_mask(
     mask,    # "auto", path of a .npy file, or array: (H,W) or (N,H,W) or (N,1,H,W), 1 = known
     images,  # (N,H,W)
@@ -47,6 +47,7 @@ def check_mask(
     if m.shape not in (images.shape, images.shape[1:]): raise UserError(f"{name}: shape {np.shape(mask)} does not fit images {images.shape}; pass (H,W) or (N,H,W), 1 = known")
     if not np.isin(m, (0, 1)).all(): raise UserError(f"{name}: holds other values than 0 and 1; 1 = known, 0 = missing")
     m = m.astype(bool)
+    if m.ndim == 2 and m.any() and not m.all() and not images[:, m].any() and images[:, ~m].any(): raise UserError(f"{name}: looks inverted: every pixel it calls known is 0, and the others are not; 1 = known, 0 = missing")
     if not m.any((-2, -1)).all(): raise UserError(f"{name}: no pixel is known{'' if m.ndim == 2 else ' in image ' + str(int(np.argmin(m.any((-2, -1)))))}; nothing to restore from")
     return m
 
@@ -86,7 +87,7 @@ class Inpainter(nn.Module):
         fill = rough + self.unet(torch.cat([rough - .5, m - .5, place], 1)).float()
         return torch.where(m > 0, x, fill)
 
-# %% ../nbs/21_inpaint.ipynb #4e9ac0a3
+# %% ../nbs/21_inpaint.ipynb #e5a873f9
 class Config(TrainConfig):
     "Inpainting: network, loss, augmentation, training slices"
     PROFILES: ClassVar[dict] = {
@@ -100,7 +101,7 @@ class Config(TrainConfig):
     loss: Literal["psnr", "mse", "l1", "charbonnier"] = Field("psnr", description="on missing pixels only")
     rician: float = Field(.02, ge=0, le=.2, description="largest standard deviation of the added noise floor")
     gain_min: float = Field(.7, gt=0, le=1, description="smallest brightness factor")
-    flip: float = Field(.2, ge=0, le=1, description="share of slices mirrored left to right")
+    flip: float = Field(.2, ge=0, le=1, description="share of slices whose columns are reversed (front to back)")
     test_mask: float = Field(.5, ge=0, le=1, description="share of slices under the mask of the original test set; the others get random masks")
     sagittal: int = Field(500, ge=1, description="random sagittal slices per training volume")
     axial: int = Field(125, ge=0, description="random axial slices per training volume")
@@ -111,7 +112,7 @@ def build(cfg):
     "`{name: network}` of a Config"
     return {"unet": Inpainter(cfg.chs, cfg.blocks, cfg.patch)}
 
-# %% ../nbs/21_inpaint.ipynb #4d21822e
+# %% ../nbs/21_inpaint.ipynb #02a548aa
 SIZE, OFFSETS_MM = 64, tuple(range(-24, 25, 6))   # test slices: nine sagittal planes around the middle
 
 
@@ -154,28 +155,33 @@ def volume_slices(
     split,         # "train", "dev", "val"
     n=None,        # see `head_slices`
     pattern=None,  # where volumes lie below the folder
+    strangers=None,  # split of the people whom `data/splits.csv` does not know; None: a seeded draw among them
 ):
-    "Slices of the people of one split; `data/splits.csv` decides, and a seeded draw where it knows none of them"
-    folder = Path(folder); rows = find_volumes(folder, pattern or PATTERN, modalities=["T1"])
+    "Slices of the people of one split, by `data/splits.csv` where it knows them"
+    folder = Path(folder)
+    if (folder / "slices.csv").is_file(): raise UserError(f"{folder / 'slices.csv'}: a table of slices beside volumes is not obeyed; move it away, or pass slices instead of volumes")
+    rows = find_volumes(folder, pattern or PATTERN, modalities=["T1"])
     site = {r["subject"]: r["site"] for r in rows}
-    table = {s: split_of(s, "ixi_hh_t1_2mm") if root() else None for s in site}
-    if all(v is None for v in table.values()): table = split_subjects(list(site), list(site.values()))
+    table = {s: (split_of(s, "ixi_hh_t1_2mm") or split_of(s)) if root() else None for s in site}
+    unknown = [s for s, v in table.items() if v is None]
+    table |= dict.fromkeys(unknown, strangers) if strangers else split_subjects(unknown, [site[s] for s in unknown])
     mine, skipped = [r for r in rows if table[r["subject"]] == split], []
     out = head_slices(((s, t, v["T1"]) for s, t, v in read_cohort(mine, skipped)), split, n, folder.name) if mine else None
     for r in skipped: print(f"skipped {r['file']}: {r['reason']}", flush=True)
     return out
 
 
-def axial_slices(folder, split):
+def axial_slices(folder, split, strangers=None):
     "T1 of axial slices (`ixi_slices`, PNG folders, arrays on disk), shrunk to 64x64 by area, as a `SliceSet`; None where the split is empty"
-    try: s = load_slices(folder, split)
-    except UserError as e:
-        if "no slice of split" in str(e): return None
-        raise
-    x = resize(s.float()[:, 0], (SIZE, SIZE))
+    s = load_slices(folder)
+    for r in s.skipped: print(f"skipped {r['file']}: {r['reason']}", flush=True)
+    s = with_splits(s) if not strangers or any(s.column("split")) else SliceSet(s.images, [r | {"split": strangers} for r in s.table])
+    if split not in s.column("split"): return None
+    s = s.subset(split=split)
+    x = resize(SliceSet(s.images[:, :1], s.table).float()[:, 0], (SIZE, SIZE))
     return SliceSet(np.round(np.clip(x, 0, 1) * 255).astype(np.uint8)[:, None], [{k: r.get(k, "") for k in ("subject", "site", "slice", "position")} | dict(split=split, plane="axial", data=Path(folder).name) for r in s.table])
 
-# %% ../nbs/21_inpaint.ipynb #be2a7596
+# %% ../nbs/21_inpaint.ipynb #3343c487
 def simulated_slices(
     subjects,  # size of the cohort
     split,     # only its people are simulated
@@ -199,10 +205,13 @@ def join(sets):
 
 
 def with_splits(s):
-    "A slice set as it is, or, where its table names no splits, with a seeded split by subject (an array: by image)"
-    if "train" in s.column("split"): return s
-    names = split_subjects(s.subjects)
-    return SliceSet(s.images[:, :1], [{"plane": ""} | r | {"split": names[r["subject"]]} for r in s.table])
+    "A slice set as it is, or, where its table names no split, with a seeded one by subject (a bare array: by image); dev is carved out of train where it is missing"
+    named = set(s.column("split")) - {""}
+    if "train" in named and "dev" not in named:
+        names = split_subjects(s.subset(split="train").subjects, fractions=dict(train=.9, dev=.1))
+        return SliceSet(s.images[:, :1], [{"plane": ""} | r | {"split": names.get(r["subject"], r["split"])} for r in s.table], s.skipped)
+    names = {} if named else split_subjects(s.subjects)
+    return SliceSet(s.images[:, :1], [{"plane": ""} | r | ({} if named else {"split": names[r["subject"]]}) for r in s.table], s.skipped)
 
 
 def fingerprint(s):
@@ -214,16 +223,18 @@ def test_slices(
     data=None,      # see `sources`
     split="val",    # "dev" for choices, "val" for reports
     simulated=10,   # subjects of the simulated cohort that stands in where there is nothing else
-    trained_on=None,  # `fingerprint` of what the network was trained on
+    trained_on=None,  # `source_id` of what the network was trained on
+    pattern=None,   # where volumes lie below `data`
 ):
     "Clean slices to score on, (N,1,64,64) uint8 or float32 with plane and data in their table"
     src, parts = sources(data), []
-    if "volumes" in src: parts.append(volume_slices(src["volumes"], split))
-    if "slices" in src: parts.append(axial_slices(src["slices"], split))
+    strangers = None if trained_on and trained_on == source_id(data) else split     # whoever was not among the training data may be scored
+    if "volumes" in src: parts.append(volume_slices(src["volumes"], split, pattern=pattern, strangers=strangers))
+    if "slices" in src: parts.append(axial_slices(src["slices"], split, strangers))
     if "array" in src:
         s = load_slices(src["array"])
-        if trained_on == fingerprint(with_splits(s)): s = with_splits(s)     # its own training array: only what was held out
-        if split in s.column("split"): s = s.subset(split=split)
+        if not strangers: s = with_splits(s)                                         # its own training array: only what was held out
+        if any(s.column("split")): s = s.subset(split=split)
         parts.append(SliceSet(s.images[:, :1], [{"plane": "", "data": Path(src["array"]).stem} | r for r in s.table]))
     if not src: parts.append(simulated_slices(simulated, split, seed=1))
     return join(parts)
@@ -238,12 +249,13 @@ def load_data(
     src = sources(data)
     if "array" in src: return with_splits(load_slices(src["array"]))
     files = sorted(f for v in src.values() for f in Path(v).resolve().rglob("*.*") if f.is_file())
-    made_by = [Path(find_spec(f"mri_gen.{m}").origin).read_text() for m in ("anatomy", "phantom")]   # simulated slices change with their simulator
+    made_by = [Path(find_spec(f"mri_gen.{m}").origin).read_text() for m in ("anatomy", "phantom", "datasets", "volumes")] + load_splits()   # slices change with the code and the table that make them
     key = mix("inpaint 2", pattern or "", cfg.sagittal, cfg.axial, cfg.simulated, *made_by, *((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
     folder = (root() or Path.cwd()) / "data/prepared" / f"inpaint-{key:016x}"
-    if not folder.exists():
+    with locked(folder.with_suffix(".lock")):
+        if folder.exists(): return load_slices(folder)
         print(f"cutting training slices from {', '.join(Path(v).name for v in src.values()) or 'the simulated cohort only'}", flush=True)
-        n, many = (cfg.sagittal, cfg.axial), max(cfg.simulated, 0 if src else 3)
+        n, many = (cfg.sagittal, cfg.axial), 0 if data is not None else cfg.simulated if src else max(cfg.simulated, 3)   # simulated heads are not mixed with data of your own
         parts = [volume_slices(src["volumes"], s, k, pattern=pattern) for s, k in (("train", n), ("dev", None))] if "volumes" in src else []
         if "slices" in src: parts += [axial_slices(src["slices"], s) for s in ("train", "dev")]
         if many: parts += [simulated_slices(many, "train", n), None if src else simulated_slices(many, "dev")]
@@ -353,7 +365,7 @@ def predict(images, mask="auto", method=None, weights=None, device="auto"):
     "One call: see `Restorer`"
     return Restorer(method, weights, device).predict(images, mask)
 
-# %% ../nbs/21_inpaint.ipynb #adcf4be1
+# %% ../nbs/21_inpaint.ipynb #0c59f7ec
 METHODS = ("linear", "griddata", "harmonic", "biharmonic", "ridge", "unet")
 
 
@@ -377,11 +389,12 @@ def evaluate(
     ridge=None,       # a LocalRidge; None: the shipped one
     limit=None,       # at most so many slices of each kind, evenly spread
     device="auto",
+    pattern=None,     # where volumes lie below `data`
 ):
     "Corrupt clean slices of held-out people, restore them with every method, score where pixels were missing"
     from mri_gen.metrics import compare, score_table, summarise
-    trained_on = load_weights(find_weights("inpaint", weights))[1].get("trained_on") if "unet" in methods else None
-    truth = test_slices(data, split, trained_on=trained_on)
+    trained_on = load_weights(find_weights("inpaint", weights))[1].get("source") if "unet" in methods else None
+    truth = test_slices(data, split, trained_on=trained_on, pattern=pattern)
     if limit: truth = truth.subset(np.concatenate([np.unique(np.linspace(0, n - 1, limit).astype(int)) + s for s, n in _runs(truth)]))
     x = truth.float()[:, 0]
     known = tilted(*x.shape[1:]) if mask is None else check_mask(mask, x)
@@ -406,7 +419,7 @@ def _runs(s):
     starts = [i for i, k in enumerate(kinds) if i == 0 or k != kinds[i - 1]]
     return [(a, b - a) for a, b in zip(starts, starts[1:] + [len(kinds)])]
 
-# %% ../nbs/21_inpaint.ipynb #5ccc7c22
+# %% ../nbs/21_inpaint.ipynb #84d33857
 def companions(
     data,  # SliceSet with split train
 ):
@@ -419,8 +432,9 @@ def companions(
 CARD = dict(
     title="Inpainting of 64x64 head slices",
     use="Restores missing pixels of T1-weighted head slices whose mask is known or shared by all images. Trained on sagittal and axial slices of 64x64 pixels, about 3.2 mm a pixel; masks: slanted stripes, checkers, blocks up to 8 pixels.",
+    source="ixi",   # in the names of the data: where it is not, the next line does not apply
     data="IXI (brain-development.org), CC BY-SA 3.0: 2 mm T1 head volumes and axial T1 slices; and simulated heads (mri_gen.phantom). Subjects by data/splits.csv; `val` subjects were never trained on or chosen by.",
-    limits="T1 contrast and heads only; healthy adults of three London scanners. What was not measured is invented plausibly, a lesion that lies wholly in missing pixels is lost. Not for clinical use.",
+    limits="Simulated heads of seed 0 (`mri_gen simulate --seed 0`) are among the training data: score on other seeds. T1 contrast and heads only; healthy adults of three London scanners. What was not measured is invented plausibly, a lesion that lies wholly in missing pixels is lost. Not for clinical use.",
 )
 
 
@@ -434,7 +448,7 @@ def pictures(
     for name, plane in dict.fromkeys(zip(e.truth.column("data"), e.truth.column("plane"))):
         idx = np.flatnonzero((e.truth.column("data") == name) & (e.truth.column("plane") == plane))
         show = idx[np.linspace(0, len(idx) - 1, min(4, len(idx)) + 2).astype(int)[1:-1]] if len(idx) > 4 else idx
-        some = {m: e.predictions[m] for m in ("linear", "biharmonic", "ridge", "unet") if m in e.predictions}
+        some = {m: y for m, y in e.predictions.items() if m in ("linear", "biharmonic", "ridge") or m.startswith("unet")}
         out[f"restored_{name}_{plane or 'all'}"] = compare_figure(e.truth.float()[:, 0], some, mask=e.mask, index=show)
         out[f"scores_{name}_{plane or 'all'}"] = forest(pick(e.records, data=str(name), cell=str(plane) or "all"), ("psnr", "ssim"), region="hole")
     return out

@@ -214,7 +214,7 @@ def acquire(
     sd = np.asarray(noise, np.float32)[:, None, None, None]
     return np.hypot(seen + sd * n[0], sd * n[1]), np.abs(clean)
 
-# %% ../nbs/05_phantom.ipynb #ea3bcf07
+# %% ../nbs/05_phantom.ipynb #6e74ca0b
 SITES = ("Guys", "HH", "IOP")
 GROUPS = dict(brain=("GM", "WM", "CSF", "blood"), GM=("GM",), WM=("WM",), CSF=("CSF",), skull=("bone", "marrow"), fat=("fat", "skin"), muscle=("muscle",), eye=("vitreous",))
 
@@ -324,7 +324,7 @@ def simulate_cohort(
     if not 1 <= spacing <= 8: raise UserError(f"spacing={spacing}: pass millimetres from 1 to 8")
     if jobs < 1: raise UserError(f"jobs={jobs}: pass at least 1")
     out = Path(out); rows = []
-    with whole(out, force) as tmp:
+    with whole(out, force, ours="manifest.csv") as tmp:
         tmp.mkdir(parents=True)
         calls = [dict(index=i + 1, seed=int(seed), spacing=float(spacing), independent=independent) for i in range(int(subjects))]
         if jobs == 1: results = (write_subject(tmp, **c) for c in calls)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'lr_factor', 'adamw', 'Job', 'Loop', 'Stop', 'Log', 'fit', 'job_meta', 'parse_params', 'task_module',
-           'train_task', 'main']
+           'source_id', 'train_task', 'main']
 
-# %% ../nbs/13_train.ipynb #1436a3f4
+# %% ../nbs/13_train.ipynb #7415ebe4
 import argparse, contextlib, copy, csv, json, math, os, signal, sys, threading, time, warnings
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights
-from .core import RunFolder, Settings, UserError, environment, generator, mix, pick_device, pick_precision, read_json, root, seed_everything, whole
+from .core import RunFolder, Settings, UserError, environment, generator, mix, pick_device, pick_precision, read_json, root, seed_everything, whole, write_json
 from .datasets import indices
 
 # %% ../nbs/13_train.ipynb #dc953f6b
@@ -286,7 +286,7 @@ def fit(
             stop.leave()
     return {"state": state, **info}
 
-# %% ../nbs/13_train.ipynb #55973bbc
+# %% ../nbs/13_train.ipynb #846b00d8
 def _train(loop, run, log, stop, end, step, sums, count):
     "Steps, rows, validations and checkpoints, until the last step, a signal, or shortly before the time `end`; returns the step reached"
     cfg, main, longest, tick = loop.cfg, loop.rank == 0, 0, time.monotonic()
@@ -319,7 +319,7 @@ def job_meta(job, cfg):
 def _state(loop, sums, count):
     "`(weights, state)` for a checkpoint: the loop's, figures of the interval so far, and the circumstances"
     weights, state = loop.state()
-    return weights, state | {"threads": torch.get_num_threads(), "device": loop.device.type, "precision": loop.precision, "samples": loop.job.n, "sums": (sums, count)}
+    return weights, state | {"threads": torch.get_num_threads(), "device": loop.device.type, "precision": loop.precision, "samples": loop.job.n, "trained_on": loop.job.meta.get("trained_on", ""), "sums": (sums, count)}
 
 
 def _restore(loop, found, run):
@@ -327,6 +327,7 @@ def _restore(loop, found, run):
     step, weights, state = found
     _, now = _state(loop, {}, 0)
     if state.get("samples", loop.job.n) != loop.job.n: raise UserError(f"{run.path}: begun with {state['samples']} training samples, now there are {loop.job.n}; pass the same --data or choose another --out")
+    if state.get("trained_on", now["trained_on"]) != now["trained_on"]: raise UserError(f"{run.path}: begun with other training data of the same size; pass the same --data or choose another --out")
     for k in ("threads", "device", "precision"):
         if state.get(k, now[k]) != now[k]: warnings.warn(f"{run.path}: begun with {k}={state[k]}, goes on with {now[k]}: results may differ in the last bits")
     loop.restore(weights, state)
@@ -358,7 +359,7 @@ def _any(flag):
     dist.all_reduce(t, dist.ReduceOp.MAX)
     return bool(t)
 
-# %% ../nbs/13_train.ipynb #c1d091df
+# %% ../nbs/13_train.ipynb #37458994
 def parse_params(
     pairs,  # ["lr=1e-3", "chs=[32,64]"]
 ):
@@ -382,6 +383,13 @@ def task_module(slug):
     return m
 
 
+def source_id(
+    data=None,  # file or folder; None: whatever the task finds by itself
+):
+    "Tells one source of data from another without naming it: evaluation scores only what was held out of the source that a network was trained on"
+    return f"{mix('source', Path(data).resolve() if data else ''):016x}"
+
+
 def train_task(
     slug,             # task
     profile="smoke",  # smoke, demo, full
@@ -396,14 +404,20 @@ def train_task(
     task = task_module(slug)
     cfg = task.Config.profile(profile, **(params or {}))
     base = Path(out) if out else ((root() or Path.cwd()) / ("artifacts/runs" if root() else "runs") / slug)
+    if name and Path(name).name != name: raise UserError(f"--name {name}: one name without / or ..; --out says where runs lie")
     run = RunFolder(base / (name or f"{profile}-s{cfg.seed}"))
+    source = {"data": str(Path(data).resolve()) if data else None, "pattern": pattern}
+    if not (run / "data.json").exists(): write_json(run / "data.json", source)
+    elif source != read_json(run / "data.json"): raise UserError(f"{run.path}: begun with --data {read_json(run / 'data.json')['data']}, now --data {source['data']}; pass the same (and the same --pattern) or choose another --name")
 
     def job():
         first = not dist.is_initialized() or dist.get_rank() == 0
         if not first: _any(False)                        # rank 0 prepares the data, the others then find them
         slices = task.load_data(cfg, data, pattern)
         if first and dist.is_initialized(): _any(False)
-        return task.job(cfg, slices, pick_device(kw.get("device") or "auto"))
+        made = task.job(cfg, slices, pick_device(kw.get("device") or "auto"))
+        made.meta["source"] = source_id(data)
+        return made
 
     return run, fit(job, cfg, run, **kw)
 

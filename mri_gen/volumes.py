@@ -303,7 +303,7 @@ def write_volume(
     with whole(path, force) as tmp, open(tmp, "wb") as f:
         with (gzip.GzipFile("", "wb", 1, f, mtime=0) if path.suffix == ".gz" else contextlib.nullcontext(f)) as g: img.to_stream(g)
 
-# %% ../nbs/01_volumes.ipynb #ad30ac3b
+# %% ../nbs/01_volumes.ipynb #dcbce50b
 def grid_difference_mm(
     a, b,  # Volumes
 ):
@@ -323,4 +323,4 @@ def check_same_grid(
         if d > tol_mm:
             far = f", {d:.1f} mm apart at the corners" if np.isfinite(d) else ""
             raise UserError(f"{b.path or n}: {n} lies on another grid ({grid_name(b)}) than {n0} ({grid_name(a)}, {Path(a.path).name or 'array'}){far}; "
-                            "bring them onto one grid first: mri_gen preprocess SRC OUT")
+                            "resample them onto one grid first, e.g. with SimpleITK.Resample(moving, fixed)")

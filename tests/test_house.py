@@ -96,7 +96,7 @@ def test_import_order_check_sees():
     assert "scipy" not in set(imports(ast.parse(code), top=True)) and "scipy" in set(imports(ast.parse(code)))
 
 
-@pytest.mark.parametrize("module", "core volumes corrupt datasets layers losses checkpoint train inpaint".split())
+@pytest.mark.parametrize("module", "core volumes corrupt datasets layers losses checkpoint train baselines fills distances inpaint".split())
 def test_bare_imports_at_the_top(module):
     if module not in numbers(): pytest.skip(f"mri_gen/{module}.py does not exist yet")
     top = {n.split(".")[0] for n in imports(tree(module), top=True)}
