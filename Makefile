@@ -7,8 +7,6 @@ MAKEFLAGS += --no-builtin-rules
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONNOUSERSITE := 1
-# OpenMP threads sleep while they wait: spinning ones stand in each other's way where a core is shared
-export OMP_WAIT_POLICY ?= PASSIVE
 
 PYTHON ?= python3
 # where pip shall take torch from, e.g. `make install TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"` (small, no CUDA)
