@@ -212,7 +212,7 @@ def turns(
         longest = max(longest, time.monotonic() - begun)
     return times
 
-# %% ../nbs/35_bench.ipynb #99d7123b
+# %% ../nbs/35_bench.ipynb #a60dca17
 def peak_rss():
     "Largest resident set of this process so far, MiB. `ru_maxrss` alone will not do: on Linux a process begins with its parent's"
     with contextlib.suppress(OSError, StopIteration): return next(int(line.split()[1]) / 2**10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -231,10 +231,10 @@ def child(row, cfg, device, budget):
 
 
 def alone(row, cfg, device="cpu", budget=0., spin=False):
-    "`child` in a new process, with as many threads as here; `spin`: OpenMP threads wait as the library likes, not as `mri_gen` tells them"
+    "`child` in a new process, with as many threads as here; `spin`: OpenMP threads wait as the library likes, else they sleep"
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "PASSIVE"}
     if spin: del env["OMP_WAIT_POLICY"]
-    code = "import json, sys, torch\nfrom mri_gen.bench import child\nchild(*json.loads(sys.argv[1]))"        # torch first: it reads the variable before `mri_gen` can set it
+    code = "import json, sys, torch\nfrom mri_gen.bench import child\nchild(*json.loads(sys.argv[1]))"      
     r = subprocess.run([sys.executable, "-c", code, json.dumps([row, cfg.model_dump(), str(device), budget])], env=env, capture_output=True, text=True)
     if r.returncode: raise UserError(f"benchmark: a process for {row!r} fails: {(r.stderr.strip().splitlines() or ['?'])[-1]}")
     return json.loads(r.stdout.splitlines()[-1])
