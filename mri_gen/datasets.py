@@ -241,12 +241,12 @@ def head_slices_64(
     origin = np.stack([h.x + off, h.y + 0 * off, h.z + 0 * off], 1)
     return sample_planes(h, origin, one * [0, 0, -HEAD_MM], one * [0, HEAD_MM, 0])
 
-# %% ../nbs/06_datasets.ipynb #95b93b90
+# %% ../nbs/06_datasets.ipynb #0b957d61
 def random_head_slices_64(
     volume,            # `volumes.Volume` or a `Head`
     n,                 # how many
     key,               # anything printable: the same key gives the same slices
-    plane="sagittal",  # or "axial" (anterior to the right as in `ixi_slices`, but the mirror image of it: patient left below)
+    plane="sagittal",  # or "axial" (anterior to the right, patient left below, as in `ixi_slices`)
     degrees=6.,        # bound of the rotation about each axis
     shift_mm=8.,       # bound of the shift inside the plane
     scale=(.85, 1.15), # size of the head
@@ -267,7 +267,7 @@ def random_head_slices_64(
     mm = HEAD_MM / (scale[0] + (u[:, 3] + 1) / 2 * (scale[1] - scale[0]))
     lo, hi = offset_mm or ((-25., 25.) if plane == "sagittal" else (15., 115.))
     off = lo + (u[:, 4] + 1) / 2 * (hi - lo)
-    down, right = ((0, 0, -1.), (0, 1., 0)) if plane == "sagittal" else ((1., 0, 0), (0, 1., 0))
+    down, right = ((0, 0, -1.), (0, 1., 0)) if plane == "sagittal" else ((-1., 0, 0), (0, 1., 0))
     rows, cols = (mm[:, None] * (rot @ np.asarray(d, float)) for d in (down, right))
     # rotate about a point inside the head (60 mm below the vertex), so that the frame's content stays in place
     pivot = np.stack([h.x + (off if plane == "sagittal" else zero), h.y + zero, h.z + zero - (60. if plane == "sagittal" else off)], 1)
