@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'DEGRADE', 'PREFIXES', 'CARD', 'axial_modalities', 'random_planes', 'labels', 'blur', 'degrade',
            'FeatureNet', 'Config', 'build', 'load_data', 'guess_loss', 'job', 'skill', 'Features', 'publish_features']
 
-# %% ../nbs/15_baselines.ipynb #5c3cef78
+# %% ../nbs/15_baselines.ipynb #129f70a7
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,11 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import Field
 
-from .checkpoint import find_weights, load_weights, save_weights
+from .batches import DeviceData
+from .checkpoint import find_weights, load_into, load_weights, save_weights
 from .core import UserError, artifacts_dir, data_dir, pick_device, read_json, whole, write_json
 from .corrupt import rician
-from .datasets import DeviceData, SliceSet, check_array, find_head, find_volumes, load_slices, random_head_slices_64, read_cohort, resize, split_of
+from .datasets import SliceSet, check_array, find_volumes, load_slices, read_cohort, split_of
 from .layers import ResBlock, count_parameters, group_norm
+from .planes import find_head, random_head_slices_64, resize
 from .train import Job, TrainConfig, adamw
 
 # %% ../nbs/15_baselines.ipynb #558173bf
@@ -187,7 +189,7 @@ def skill(
         out |= {f"{k}_{head.in_features}": v for k, v in zip(DEGRADE, r2.tolist())}
     return out
 
-# %% ../nbs/15_baselines.ipynb #122ccd3c
+# %% ../nbs/15_baselines.ipynb #5139da07
 class Features:
     "The feature network with its weights: `Features()(images)`"
     def __init__(self,
@@ -198,7 +200,7 @@ class Features:
         if meta.get("task") != "features": raise UserError(f"{path}: holds weights of {meta.get('task')}, not of the feature network")
         self.meta, self.device = meta, pick_device(device)
         self.net = build(Config.check(**meta["config"]))["features"].to(self.device).eval()
-        self.net.load_state_dict(nets["features"])
+        load_into(self.net, nets.get("features", {}), path)
 
     @torch.no_grad()
     def __call__(self,
@@ -207,7 +209,7 @@ class Features:
     ):
         "(N,dim) float32"
         x = check_array(getattr(images, "images", images), "images")
-        if x.shape[2:] != (64, 64): raise UserError(f"images of {x.shape[2]}x{x.shape[3]}: the feature network knows 64x64 slices; shrink them with datasets.resize")
+        if x.shape[2:] != (64, 64): raise UserError(f"images of {x.shape[2]}x{x.shape[3]}: the feature network knows 64x64 slices; shrink them with planes.resize")
         if dim and dim > self.net.heads[-1].in_features: raise UserError(f"dim={dim}: the embedding has {self.net.heads[-1].in_features} numbers; use {', '.join(str(h.in_features) for h in self.net.heads)}")
         return np.concatenate([self.net(torch.from_numpy(np.ascontiguousarray(c)).to(self.device)).cpu().numpy() for c in np.split(x, range(64, len(x), 64))])[:, :dim]
 

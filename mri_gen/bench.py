@@ -7,7 +7,7 @@ __all__ = ['ROWS', 'RATIOS', 'BenchConfig', 'Bench', 'Ready', 'Skip', 'ours', 'c
            'loaded', 'seconds', 'spread', 'turns', 'peak_rss', 'child', 'alone', 'weigh', 'cores', 'busy', 'sleeping',
            'machine', 'measure', 'load_result', 'met', 'conditions', 'text', 'bars']
 
-# %% ../nbs/35_bench.ipynb #09badb80
+# %% ../nbs/35_bench.ipynb #64732e5a
 import contextlib, copy, itertools, json, os, platform, resource, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from pydantic import Field
 from . import inpaint
 from .core import Settings, UserError, data_dir, environment, numpy_generator, pick_device, read_json
 from .corrupt import blocks, tilted
-from .datasets import DeviceData, SliceSet
+from .batches import DeviceData
+from .datasets import SliceSet
 from .layers import count_parameters
 from .train import Loop
 

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['app', 'predict', 'download', 'Profile', 'Params', 'Data', 'Force', 'Device', 'Weights', 'DEMO', 'message',
            'say_error', 'main', 'existing', 'say', 'save_array', 'download_ixi', 'simulate', 'train',
-           'notebook_parameters', 'execute', 'run', 'publish', 'evaluate', 'report', 'predict_inpaint', 'score',
-           'bench', 'weights_found', 'data_found', 'doctor', 'demo_folder', 'demo_cohort', 'demo_train',
-           'demo_test_slices', 'demo_inpaint', 'demo']
+           'notebook_parameters', 'execute', 'run', 'sweep', 'publish', 'evaluate', 'report', 'predict_inpaint',
+           'generate', 'score', 'bench', 'weights_found', 'data_found', 'doctor', 'demo_folder', 'demo_cohort',
+           'demo_train', 'demo_test_slices', 'demo_inpaint', 'demo_generate', 'demo']
 
-# %% ../nbs/39_cli.ipynb #bbea65e2
-import sys
+# %% ../nbs/39_cli.ipynb #8931c3e8
+import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/39_cli.ipynb #061ca455
-app = typer.Typer(name="mri_gen", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Generative brain MRI: simulate, train, evaluate, restore, report. Not for clinical use.")
+# %% ../nbs/39_cli.ipynb #a5e21e53
+app = typer.Typer(name="mri_gen", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Generative brain MRI: simulate, train, evaluate, restore, report. Not for clinical use.", epilog="Exit codes: 0 done; 1 an error, one line says which; 2 a mistyped command; 3 done, but some files were skipped; 130 Ctrl-C.")
 predict = typer.Typer(name="predict", no_args_is_help=True, rich_markup_mode=None, help="Apply a task's shipped weights, or others, to your data.")
 app.add_typer(predict)
 download = typer.Typer(name="download", no_args_is_help=True, rich_markup_mode=None, help="Fetch public data from where they were published.")
@@ -48,19 +48,22 @@ def main(argv=None):
     "Entry point; returns the exit code"
     words = list(sys.argv[1:] if argv is None else map(str, argv))
     debug = "--debug" in words; words = [w for w in words if w != "--debug"]
-    try: return app(words, prog_name="mri_gen", standalone_mode=False) or 0
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda w, *_: say_error(f"warning: {' '.join(str(w).split())}")
+            return app(words, prog_name="mri_gen", standalone_mode=False) or 0
     except KeyboardInterrupt: return 130
     except Exception as e:
         if type(e).__name__ == "NoArgsIsHelpError": print(e.ctx.get_help()); return 2
         if debug: import traceback; traceback.print_exc()
         if isinstance(e, OSError) and e.errno in (13, 27, 28, 30): say_error(f"{e.filename or 'output'}: {e.strerror}; free space, or choose another place for the output"); return 1
-        usage, known = hasattr(e, "format_message"), type(e).__name__ == "UserError"
+        usage, known = hasattr(e, "format_message"), "UserError" in [c.__name__ for c in type(e).__mro__]     # by name: a mistyped command shall not wait for what `core` imports
         where = f" (see `{e.ctx.command_path} --help`)" if getattr(e, "ctx", None) else ""
         if isinstance(e, BrokenPipeError): return 1
         if usage and not message(e).strip(): return 2                       # help was printed
         odd = "" if usage or known else f"{type(e).__name__}: "
         say_error(f"{odd}{message(e)}{where}" + ("" if usage or known or debug else "; this was not foreseen: --debug shows where"))
-        return 2 if usage else 1
+        return 2 if usage else e.code if known else 1
 
 # %% ../nbs/39_cli.ipynb #471f0d3b
 def existing(path, what="file or folder"):
@@ -91,7 +94,7 @@ def download_ixi(
     from mri_gen.download import ixi
     ixi(modality, out, mirror, keep)
 
-# %% ../nbs/39_cli.ipynb #bd53e692
+# %% ../nbs/39_cli.ipynb #ed22f22c
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="folder to make")],
@@ -119,12 +122,12 @@ def train(
 ):
     "Train a task; an unfinished run goes on by itself, a finished one returns at once."
     from mri_gen.core import UserError, pick_device
-    from mri_gen.train import parse_params, train_task
+    from mri_gen.train import parse_params, report_end, train_task
     if pattern and data is None: raise UserError("--pattern: says where volumes lie below --data; pass --data too")
     run, info = train_task(slug, profile, parse_params(p), data=existing(data), pattern=pattern, out=out, name=name, device=str(pick_device(device)), max_hours=max_hours, threads=threads)
-    say(f"{info['state']} step={info['step']} run={run.path}")
+    report_end(run, info)
 
-# %% ../nbs/39_cli.ipynb #0af0158c
+# %% ../nbs/39_cli.ipynb #0f46bf38
 def notebook_parameters(
     nb,      # path of an experiment notebook
     task,    # module with Config
@@ -167,7 +170,7 @@ def run(
 ):
     "Run the experiment notebook of a task by papermill; the executed notebook lands in the run's folder."
     import os
-    from mri_gen.core import RunFolder, UserError, root
+    from mri_gen.core import RunFolder, UserError, read_skipped, root, tell_skipped
     from mri_gen.train import parse_params, task_module
     task = task_module(slug)
     if root() is None: raise UserError("no checkout found, and the experiment notebooks lie in its nbs/ folder; set MRI_GEN_ROOT")
@@ -180,8 +183,29 @@ def run(
     say(f"{found[0].name} -> {folder.path}")
     execute(found[0], folder / f"{slug}.ipynb", parameters | {"out": str(folder.path), "data": str(data or "")}, folder.path)
     say(f"done: {folder / (slug + '.ipynb')}")
+    tell_skipped(read_skipped(folder.path), folder / "skipped.csv")
 
-# %% ../nbs/39_cli.ipynb #1e7c7bee
+# %% ../nbs/39_cli.ipynb #8487ebf5
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="what to try, e.g. artifacts/inpaint/search.yaml")],
+    data: Data = None,
+    pattern: Annotated[Optional[str], typer.Option(help="where the volumes lie below --data, e.g. \"{subject}/{modality}.nii.gz\"")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="folder of studies; without it: artifacts/runs/TASK of the checkout")] = None,
+    max_hours: Annotated[Optional[float], typer.Option(help="stop cleanly before this time; the same command goes on later")] = None,
+    publish: Annotated[bool, typer.Option("--publish", help="when all trials are done, copy question and answer to artifacts/TASK/search.*")] = False,
+    force: Force = False, device: Device = "auto",
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads")] = None,
+):
+    "Random search over a task's settings, chosen on dev; killed anywhere, the same command goes on."
+    from mri_gen.core import pick_device
+    from mri_gen.sweep import publish_search, sweep as go
+    folder, counts, best = go(file, existing(data), pattern, out, max_hours=max_hours, say=say, device=str(pick_device(device)), threads=threads)
+    say(f"{folder}: " + ", ".join(f"{n} {state}" for state, n in counts.items()) + ("; the same command goes on" if counts.get("open") else ""))
+    if publish and not counts.get("open"): say(f"{publish_search(folder, best['task'], force)}: search.yaml, search.json, search.csv, search.png")
+    if best: say(f"next: mri_gen train {best['task']} --profile full -p @{folder / 'best.json'}")
+
+# %% ../nbs/39_cli.ipynb #b22c809f
 @app.command()
 def publish(
     slug: Annotated[str, typer.Argument(help="task")],
@@ -191,11 +215,12 @@ def publish(
 ):
     "A run -> artifacts/SLUG: weights in half precision, metrics measured with those, model card, figures."
     from mri_gen.report import publish as go, verdicts
-    from mri_gen.core import read_json
+    from mri_gen.core import read_json, tell_skipped
     from mri_gen.metrics import load_metrics
-    folder = go(slug, run, existing(data), force, device)
+    skipped = []; folder = go(slug, run, existing(data), force, device, skipped)
     for v in verdicts(load_metrics(folder / "metrics.json"), read_json(folder / "comparisons.json"), next(iter(read_json(folder / "weights.json")))): say(v)
     say(f"{folder}: read model_card.md and look at figures/ before you commit")
+    tell_skipped(skipped)
 
 
 @app.command()
@@ -209,17 +234,18 @@ def evaluate(
 ):
     "Score a task's methods on clean data, split by subject: tables on stdout, records into --out."
     import contextlib
-    from mri_gen.core import UserError, whole
+    from mri_gen.core import UserError, tell_skipped, whole
     from mri_gen.metrics import save_metrics, table
-    from mri_gen.report import main_region
+    from mri_gen.report import main_metrics, main_region
     from mri_gen.train import task_module
     task = task_module(slug)
     if split not in ("train", "dev", "val"): raise UserError(f"--split {split}: use val, dev or train")
     with whole(out, force) if out else contextlib.nullcontext() as tmp:
         e = task.evaluate(existing(data), split, weights, device=device)
         if out: save_metrics(tmp, e.records)
-    say(table(e.records, metrics=["psnr", "ssim", "mae", "gradient_ratio", "lsd"], region=main_region(e.records)))
+    say(table(e.records, metrics=main_metrics(e.records), region=main_region(e.records)))
     if out: say(f"{out}: {len(e.records)} records")
+    tell_skipped(getattr(e, "skipped", []))
 
 
 @app.command()
@@ -234,13 +260,13 @@ def report(
     if not runs and root(): runs = sorted(p.parent for p in (root() / "artifacts/runs").glob("*/*/metrics.csv"))
     say(f"{go(out, runs or (), force)}: open it in a browser")
 
-# %% ../nbs/39_cli.ipynb #ba346a5a
+# %% ../nbs/39_cli.ipynb #18928a5a
 @predict.command("inpaint")
 def predict_inpaint(
     input: Annotated[Path, typer.Argument(metavar="IN.npy", help="(N,H,W) or (N,1,H,W), float in [0,1] or uint8, zeros where missing")],
     out: Annotated[Path, typer.Option(metavar="OUT.npy", help="float32 in [0,1], the input's shape and order")],
-    method: Annotated[Optional[str], typer.Option(help="unet, ridge, biharmonic, harmonic, griddata, linear; without it: the default weights")] = None,
-    mask: Annotated[str, typer.Option(metavar="auto|MASK.npy", help="1 = known, (H,W) or (N,H,W); auto: missing where zero in every image, needs one shared mask and 32 images")] = "auto",
+    method: Annotated[Optional[str], typer.Option(help="unet, vae, wgan, original_unet, ridge, biharmonic, tv, harmonic, griddata, linear; without it: the default weights")] = None,
+    mask: Annotated[str, typer.Option(metavar="auto|NAME|MASK.npy", help="1 = known, (H,W) or (N,H,W), or a name: test, original, checker2, checker4, checker8, holes4gap4, holes8gap4, holes8gap8; auto: missing where zero in every image, needs one shared mask and 32 images")] = "auto",
     weights: Weights = None, force: Force = False, device: Device = "auto",
 ):
     "Fill missing pixels."
@@ -254,6 +280,30 @@ def predict_inpaint(
         y = restorer.predict(str(input), mask)
         save_array(tmp, y)
     say(f"{out}: {len(y) if y.ndim > 2 else 1} images {y.shape[-2]}x{y.shape[-1]}, restored by {restorer.method}")
+
+# %% ../nbs/39_cli.ipynb #4c674e3c
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Option(help="folder to make: images.npz[\"images\"] (N,1,64,64) float32 in [0,1], png/, settings.json")],
+    num_samples: Annotated[int, typer.Option(help="images")] = 2048,
+    num_inference_steps: Annotated[int, typer.Option(help="steps of the sampler")] = 50,
+    batch_size: Annotated[int, typer.Option(help="images at once: changes the speed, not the images")] = 64,
+    scheduler: Annotated[str, typer.Option(help="ddim, ddpm, or dpm (second order: 10 steps do)")] = "ddim",
+    temperature: Annotated[float, typer.Option(help="factor on the noise that the sampler injects: ddpm, or ddim with --eta")] = 1.,
+    seed: int = 42,
+    eta: Annotated[float, typer.Option(help="of ddim: 0 injects no noise, 1 as much as ddpm")] = 0.,
+    init_temperature: Annotated[float, typer.Option(help="factor on the starting noise; below 1, images are more alike")] = 1.,
+    weights: Weights = None, force: Force = False, device: Device = "auto",
+):
+    "Draw head slices; stopped anywhere, the same command goes on."
+    import time
+    from mri_gen.generate import generate as go
+    began, first = time.time(), []
+    def progress(done, of):
+        first.append((time.time(), done)); per = (first[-1][0] - began) / done if len(first) == 1 else (first[-1][0] - first[0][0]) / (done - first[0][1])
+        say(f"images={done}/{of} eta={time.strftime('%H:%M:%S', time.gmtime(per * (of - done)))}")
+    folder = go(out, num_samples, num_inference_steps, batch_size, scheduler, temperature, seed, eta, init_temperature, weights, device, force, progress)
+    say(f"{folder}: {num_samples} images in {time.time() - began:.0f} s")
 
 # %% ../nbs/39_cli.ipynb #336709d1
 @app.command()
@@ -350,7 +400,7 @@ def doctor():
     if broken: raise typer.Exit(1)
     say("all is well")
 
-# %% ../nbs/39_cli.ipynb #991834fc
+# %% ../nbs/39_cli.ipynb #dafe26e3
 DEMO = dict(seed=2026, train=5, test=4, spacing=2.0)   # seeds 0 and 1 are used in training and evaluation: never here
 
 
@@ -375,26 +425,28 @@ def demo_cohort(folder, subjects, seed):
     return folder
 
 
-def demo_train(out, device):
-    "The demo run of inpaint on the first cohort; (run folder, what `fit` returned). An older run with other settings makes room"
+def demo_train(slug, out, device, **params):
+    "The demo run of a task on the first cohort, labelled as what it is; returns the run folder. An older run with other settings makes room"
     import shutil
-    from mri_gen.core import read_json
+    from mri_gen.core import read_json, write_json
     from mri_gen.train import task_module, train_task
-    folder, cfg = out / "runs" / "inpaint" / "demo", task_module("inpaint").Config.profile("demo", simulated=0)
+    folder, cfg = out / "runs" / slug / "demo", task_module(slug).Config.profile("demo", **params)
     if (folder / "config.json").exists() and cfg.differs(read_json(folder / "config.json")): shutil.rmtree(folder)
-    return train_task("inpaint", "demo", dict(simulated=0), data=out / "simulated_train", out=folder.parent, name="demo", device=device)
+    run, _ = train_task(slug, "demo", params, data=out / "simulated_train", out=folder.parent, name="demo", device=device)
+    write_json(run / "about.json", dict(title=f"Demo: {slug}, a training of seconds", notes=["Trained for seconds on a few simulated heads, only to show the machinery: curves and settings are real, the network is worth little."]))
+    return run
 
 
 def demo_test_slices(cohort, folder):
     "All test slices of a cohort as one set; nobody in it was trained on, whatever its own split says"
     from mri_gen.datasets import SliceSet, save_slices
-    from mri_gen.inpaint import join, volume_slices
+    from mri_gen.slices import join, volume_slices
     s = join([volume_slices(cohort, split) for split in ("train", "dev", "val")])
     s = SliceSet(s.images, [r | dict(split="val") for r in s.table])
     save_slices(folder, s, force=True)
     return s
 
-# %% ../nbs/39_cli.ipynb #9cd299c5
+# %% ../nbs/39_cli.ipynb #72a5dc73
 def demo_inpaint(out, run, device):
     "Restore and score the second cohort: shipped weights, the demo run, classical methods; returns (evaluation folder, lines to print)"
     import dataclasses
@@ -428,6 +480,21 @@ def demo_inpaint(out, run, device):
     return folder, [*verdicts(e.records, e.comparisons, network), f"restored with {'the shipped weights' if weights else 'the weights trained just now (none are shipped yet)'}; known pixels identical: {'yes' if same else 'NO'}"]
 
 
+def demo_generate(run, n=10):
+    "Pictures for the page: what the shipped generator draws, beside what the demo run draws; returns lines to print"
+    import time
+    from mri_gen.core import UserError
+    from mri_gen.figures import grid, png_bytes
+    from mri_gen.generate import Generator
+    rows, t = {"trained just now": run.path}, time.time()
+    try: Generator(); rows = {"shipped weights": None} | rows
+    except UserError: pass
+    drawn = {k: Generator(w)(range(n), 10, "dpm")[:, 0].numpy() for k, w in rows.items()}
+    (run.path / "figures").mkdir(exist_ok=True)
+    (run.path / "figures/samples.png").write_bytes(png_bytes(grid(list(drawn.values()), row_labels=list(drawn), limits=(0, 1)), 110, 256))
+    return [f"{len(rows) * n} head slices drawn in {time.time() - t:.1f} s" + ("" if "shipped weights" in rows else "; no generator weights are shipped in this checkout yet, so these are the demo run's: noise, nearly")]
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder; an existing demo is refreshed")] = Path("demo"),
@@ -435,20 +502,19 @@ def demo(
 ):
     "The whole tour on simulated subjects: train for seconds, restore a test set with the shipped weights, report page."
     import time
-    from mri_gen.core import pick_device, read_json, write_json
+    from mri_gen.core import pick_device
     from mri_gen.report import report as go
     t, device = time.time(), str(pick_device(device))
     out = demo_folder(out, force)
     say(f"1/4 simulating {DEMO['train']} + {DEMO['test']} subjects")
     demo_cohort(out / "simulated_train", DEMO["train"], DEMO["seed"]); demo_cohort(out / "simulated_test", DEMO["test"], DEMO["seed"] + 1)
-    say("2/4 training inpaint for seconds, only to show the machinery")
-    run, info = demo_train(out, device)
-    write_json(run / "about.json", dict(title="Demo: a training of seconds", notes=["Trained for seconds on a few simulated heads, only to show the machinery: curves and settings are real, the network is worth little."]))
-    say("3/4 restoring and scoring a simulated test set")
+    say("2/4 training inpaint and generate for seconds each, only to show the machinery")
+    run, drawer = demo_train("inpaint", out, device, simulated=0), demo_train("generate", out, device)
+    say("3/4 restoring and scoring a simulated test set, drawing head slices")
     folder, lines = demo_inpaint(out, run, device)
-    for line in lines: say("  " + line)
+    for line in lines + demo_generate(drawer): say("  " + line)
     say("4/4 writing the page")
-    page = go(out / "report.html", [folder, run.path], force=True, title="Demo of mri_gen")
+    page = go(out / "report.html", [folder, run.path, drawer.path], force=True, title="Demo of mri_gen")
     say(f"done in {time.time() - t:.0f} s. In {out}:")
     for name, what in (("report.html", "open this in a browser"), ("test_set.npy", "corrupted slices"), ("test_set_mask.npy", "which pixels are known"), ("test_set_nogaps.npy", "the same slices, restored"), ("test_set_truth.npy", "the truth"), ("simulated_test/", "the subjects they come from")): say(f"  {name:22s}{what}")
     say(f"  try: mri_gen predict inpaint {out / 'test_set.npy'} --mask {out / 'test_set_mask.npy'} --method biharmonic --out mine.npy")

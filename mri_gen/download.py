@@ -7,13 +7,13 @@ __all__ = ['SPARE', 'INTERVAL', 'LIST', 'IXI_PLACE', 'IXI_MD5', 'IXI_LICENCE', '
            'Progress', 'check_space', 'size_of', 'digest', 'fetch', 'unpack', 'intact', 'download', 'write_manifest',
            'download_ixi', 'ixi', 'absent', 'load_oasis', 'find_hcp', 'find_brats', 'read_idx']
 
-# %% ../nbs/06_download.ipynb #0ec6cf09
+# %% ../nbs/06_download.ipynb #0b4a17ec
 import contextlib, fcntl, gzip, hashlib, http.client, os, re, shutil, ssl, sys, tarfile, time, urllib.error, urllib.request, zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from . import core, datasets
+from . import core, datasets, planes
 from .core import UserError
 
 # %% ../nbs/06_download.ipynb #64666082
@@ -265,7 +265,7 @@ def download(
             if not keep: archive.unlink()
     return out
 
-# %% ../nbs/06_download.ipynb #63bafee7
+# %% ../nbs/06_download.ipynb #1794dad9
 IXI_PLACE = "biomedic.doc.ic.ac.uk/brain-development/downloads/IXI/"
 IXI_MD5 = dict(T1="34901a0593b41dd19c1a1f746eac2d58", T2="e3140d78730ecdd32ba92da48c0a9aaa", PD="88ecd9d1fa33cb4a2278183b42ffd749")
 IXI_LICENCE = "IXI dataset, https://brain-development.org/ixi-dataset, CC BY-SA 3.0: name the source; what you derive from it is shared under the same licence"
@@ -278,7 +278,7 @@ def write_manifest(out):
             if g := re.fullmatch(rf"(?:.*/)?(IXI\d+)-([^-/]+)-[^-/]+-{m}\.nii(?:\.gz)?", f): rows.setdefault(g[1], dict(subject=g[1], site=g[2])).setdefault(m, f"{m}/{f}")
     if not rows: raise UserError(f"{out}: no volume with a name like IXI002-Guys-0828-T1.nii.gz in it; move it away and call again")
     rows = [rows[s] for s in sorted(rows)]
-    datasets.write_rows(Path(out) / "manifest.csv", rows, ["subject", "site", *names])
+    core.write_rows(Path(out) / "manifest.csv", rows, ["subject", "site", *names])
     return rows
 
 
@@ -305,9 +305,9 @@ def ixi(modality=None, out=Path("data/ixi"), base_url=None, keep=False):
     n = {m: sum(m in r for r in rows) for m in IXI_MD5}
     print(f"{out}: " + ", ".join(f"{m} {k}" for m, k in n.items() if k) + f" volumes of {len(rows)} subjects, {sum(all(m in r for m, k in n.items() if k) for r in rows)} with all of these; manifest.csv lists them", flush=True)
 
-# %% ../nbs/06_download.ipynb #9ffa6d20
+# %% ../nbs/06_download.ipynb #25a3aba2
 GET = dict(
-    oasis="OASIS asks for a data use agreement: https://sites.wustl.edu/oasisbrains. These slices (keras_png_slices_data.zip) were cut from OASIS-1 for a course, and its public link is dead: ask somebody who has them, or cut your own from the volumes (datasets.extract_slices)",
+    oasis="OASIS asks for a data use agreement: https://sites.wustl.edu/oasisbrains. These slices (keras_png_slices_data.zip) were cut from OASIS-1 for a course, and its public link is dead: ask somebody who has them, or cut your own from the volumes (planes.extract_slices)",
     hcp="HCP asks for registration: https://db.humanconnectome.org or https://balsa.wustl.edu, accept the WU-Minn HCP Open Access Data Use Terms, take 'Structural Preprocessed' (for 1.6 mm: 'Structural Preprocessed for 7T'), and unpack the subjects side by side",
     brats="BraTS asks for registration: https://www.med.upenn.edu/cbica/brats2020/data.html; unpack MICCAI_BraTS2020_TrainingData",
     mnist="MNIST's four idx files are at http://yann.lecun.com/exdb/mnist and its mirrors; gzipped or not, both are read")
@@ -333,7 +333,7 @@ def load_oasis(
             x = datasets.read_png(p); shape = shape or x.shape
             if x.shape != shape or x.dtype != np.uint8: raise UserError(f"{p}: {x.dtype} of {x.shape[1]}x{x.shape[2]}, the others are uint8 of {shape[1]}x{shape[2]}; replace or remove it")
         except UserError as e: skipped.append(dict(file=str(p), reason=str(e))); continue
-        if size: x = (datasets.resize(x, size) + .5).astype(np.uint8)
+        if size: x = (planes.resize(x, size) + .5).astype(np.uint8)
         if images is None: images = np.empty((len(files), *x.shape), np.uint8)
         images[len(table)] = x; table.append(dict(subject=f"case_{case:03d}", site="", slice=k, position="", split=datasets.SPLITS[s]))
     if not table: raise UserError(f"{folder}: none of {len(files)} slices is readable; the first: {skipped[0]['reason']}")

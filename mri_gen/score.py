@@ -36,14 +36,14 @@ def matched(pred, truth):
     if lack: raise UserError(f"{lack[0]}: only in {truth if lack[0] in t else pred} ({len(lack)} such files); both folders need the same file names")
     return a, [(n, p[n], t[n]) for n in sorted(t)]
 
-# %% ../nbs/34_score.ipynb #db9a16b1
+# %% ../nbs/34_score.ipynb #0e86713f
 def pair_arrays(kind, p, t, rgb):
     "Prediction and truth of one pair as (N,C,H,W), or (1,1,X,Y,Z) for volumes, and a remark on the scaling"
     if kind == "nii":
         from mri_gen.volumes import check_same_grid, read_volume, robust_scale
         a, b = read_volume(p), read_volume(t); check_same_grid({"truth": b, "prediction": a})
         s = robust_scale(b.data)
-        return *(s.apply(v.data, clip=True)[None, None] for v in (a, b)), "intensities scaled by the truth's 0.5th percentile and the 99th of its head, clipped to [0,1]"
+        return *(s.apply(v.data, clip=True)[None, None] for v in (a, b)), "intensities scaled by the truth (0.5th percentile to the 99th of its head), clipped to [0,1]"
     if kind == "png": x, y = (v[None] / (255. if v.dtype == np.uint8 else 1.) for v in (read_png(f, rgb) for f in (p, t)))
     else:
         y, x = check_array(t, channels=None, constant=True), np.asarray(read_array(p))
@@ -76,7 +76,7 @@ def subject_names(path, names, n):
     if len(rows) != n: raise UserError(f"{path}: {len(rows)} rows for {n} images; one row per image, in their order")
     return [r["subject"] for r in rows]
 
-# %% ../nbs/34_score.ipynb #b44cb3de
+# %% ../nbs/34_score.ipynb #c7015c13
 def own_names(files):
     "A subject for each file: its name without the ending, with its folders where names repeat (`A/T1.nii.gz`, `B/T1.nii.gz`)"
     bare = [re.sub(r"(\.nii)?\.\w+$", "", str(f)) for f in files]; short = [Path(b).name for b in bare]
@@ -101,6 +101,7 @@ def score_rows(
         m = read_png(mask)[0] > 0 if mask.suffix == ".png" else volume_mask(mask, files[0][2]) if kind == "nii" else np.asarray(read_array(mask))
         if not np.isin(m, (0, 1)).all(): raise UserError(f"{mask}: holds other values than 0 and 1; 1 = known, 0 = missing")
         hole = m == 0
+        if hole.all(): raise UserError(f"{mask}: no pixel is known (1 = known, 0 = missing), so there is no hole to tell from the rest; turn the mask round, or leave --mask out")
         if not hole.any(): raise UserError(f"{mask}: no pixel is missing (1 = known); leave --mask out")
     rows, dims = [], 3 if kind == "nii" else 2
     for i, (x, y, _) in enumerate(parts):
@@ -111,7 +112,7 @@ def score_rows(
             rows += [r | {"index": r["index"] + (i if many else 0)} for r in got]
     return rows, parts[0][2], min(float(x.min()) for x, *_ in parts), max(float(x.max()) for x, *_ in parts)
 
-# %% ../nbs/34_score.ipynb #f6285758
+# %% ../nbs/34_score.ipynb #947dd5c2
 def score(
     pred, truth,       # .npy, folder of PNGs, NIfTI volume or folder of volumes
     subjects=None,     # CSV with a column `subject`, one row per image; with a column `file`: by name
@@ -125,8 +126,7 @@ def score(
     if rgb not in ("gray", "modalities"): raise UserError(f"--rgb {rgb}: use gray or modalities")
     label = lambda p: Path(p).name.split(".")[0]
     rows, remark, lo, hi = score_rows(Path(pred), Path(truth), subjects, mask and Path(mask), rgb, dict(task=task, method=method or label(pred), data=data or label(truth), split=split))
-    notes = [remark, "" if subjects or len({r["subject"] for r in rows}) < 2 else "each image counts as its own subject, so intervals are too narrow where several come from one person",
-             f"predicted values from {lo:.3g} to {hi:.3g}, scored as they are" if lo < 0 or hi > 1 else ""]
-    notes, records = [n for n in notes if n], summarise(rows)
-    if notes and format != "json": records = [r | {"data": f"{r['data']} ({'; '.join(notes)})"} for r in records]
-    return table(records, format), notes
+    notes = [remark, "" if subjects or len({r["subject"] for r in rows}) < 2 else "each image counts as its own subject: intervals are too narrow where several come from one person",
+             f"predictions span {lo:.3g} to {hi:.3g}, scored as they are" if lo < 0 or hi > 1 else ""]
+    notes = [n for n in notes if n]; said = "; ".join(notes)
+    return table(summarise(rows), format, note=said and f"{said[0].upper()}{said[1:]}."), notes

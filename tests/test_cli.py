@@ -80,7 +80,7 @@ def test_help_is_fast_and_complete():
     times = []
     for _ in range(2):
         t = time.time(); r = subprocess.run([sys.executable, "-m", "mri_gen.cli", "--help"], capture_output=True, text=True, cwd=ROOT); times.append(time.time() - t)
-    assert r.returncode == 0 and all(w in r.stdout for w in "demo simulate run train publish evaluate predict report score doctor".split())
+    assert r.returncode == 0 and all(w in r.stdout for w in "demo simulate run train sweep publish evaluate predict generate report score doctor".split())
     assert min(times) < 1.5
 
 
@@ -197,6 +197,9 @@ def test_predict_bad_options(wrong, place, tmp_path):
     wrong(*a[:-1], tmp_path / "y.png", says="name a .npy file")
     (tmp_path / "cut.safetensors").write_bytes((place / "runs/toy/weights.safetensors").read_bytes()[:999])
     wrong(*a, "--weights", tmp_path / "cut.safetensors", says=["cut.safetensors", "truncated"])
+    from mri_gen.checkpoint import load_weights, save_weights
+    nets, meta = load_weights(place / "runs/toy/weights.safetensors"); save_weights(tmp_path / "other.safetensors", nets, meta | {"config": meta["config"] | {"chs": [8, 24]}})
+    wrong(*a, "--weights", tmp_path / "other.safetensors", says=["other.safetensors", "the weights do not fit"])
 
 
 def test_no_gpu(wrong, place, tmp_path):
@@ -248,6 +251,35 @@ def test_train_is_done_once_and_resumes(call, place):
     assert code == 0 and "DONE step=5" in out and "loss" not in out
 
 
+@pytest.fixture
+def cohort(tmp_path):
+    "(folder with four simulated-like heads, one of the two that are trained on truncated; who that is)"
+    import nibabel as nib
+    from mri_gen.datasets import split_subjects
+    names = [f"SIM{i:03d}" for i in range(1, 5)]; g = np.indices((45, 58, 52)) * 4.
+    for i, s in enumerate(names):
+        r = sum(((a - c) / (q + i)) ** 2 for a, c, q in zip(g, (90, 112, 104), (68, 90, 84)))
+        (tmp_path / "in" / s).mkdir(parents=True); nib.save(nib.Nifti1Image(((r < 1) * (600 + 200 * np.cos(g[1] / 9 + i)) + g[0] % 7).astype(np.float32), np.diag([4., 4, 4, 1])), tmp_path / "in" / s / "T1.nii.gz")
+    lost = [s for s, v in split_subjects(names, [""] * 4).items() if v == "train"][0]
+    f = tmp_path / "in" / lost / "T1.nii.gz"; f.write_bytes(f.read_bytes()[:2000])
+    return tmp_path / "in", lost
+
+
+def test_an_unreadable_volume_is_skipped_and_the_exit_code_says_so(call, place, cohort, tmp_path):
+    folder, lost = cohort
+    words = ("train", "inpaint", "-p", "steps=3", "-p", "chs=[8,16]", "-p", "sagittal=6", "-p", "axial=2", "--data", folder, "--out", tmp_path / "runs", "--name", "a", "--device", "cpu")
+    for time in (1, 2):                                                                              # the run that lies there was trained without it, however often one asks
+        code, out, err = call(*words)
+        assert code == 3 and (tmp_path / "runs/a/DONE").exists() and "DONE step=3 skipped=1" in out, err
+        assert err.count("\n") == 1 and err.startswith("mri_gen: done, but 1 file was skipped; the first: ") and f"{lost}/T1.nii.gz" in err
+        rows = (tmp_path / "runs/a/skipped.csv").read_text().splitlines()
+        assert rows[0] == "subject,file,reason" and len(rows) == 2 and rows[1].startswith(f"{lost},")
+    shutil.rmtree(tmp_path / "runs"); assert call(*words)[0] == 3                                    # prepared slices remember what they lack
+    code, out, err = call("evaluate", "inpaint", "--data", folder, "--split", "train", "--out", tmp_path / "m.json", "--device", "cpu")
+    assert code == 3 and "| unet |" in out and (tmp_path / "m.json").exists() and err.count("\n") == 1 and lost in err
+    assert call("evaluate", "inpaint", "--data", folder, "--weights", tmp_path / "runs/a", "--device", "cpu")[0] == 0   # only whom that run never saw: nobody of them is missing
+
+
 def test_train_bad_input(wrong, place, tmp_path):
     a = ("train", "inpaint", "--data", place / "slices", "--out", tmp_path)
     wrong("train", "nonsense", says="'nonsense' is no task"); wrong(*a, "--profile", "huge", says=["huge", "smoke, demo, full"])
@@ -273,6 +305,9 @@ def test_run(call, wrong, place, tmp_path):
     assert code == 0 and "said by a cell" in out, err
     got = json.loads((tmp_path / "one/got.json").read_text())
     assert got == dict(profile="demo", steps=150, chs=[4, 8], note="hi", data=str(place / "slices"), cwd=str(tmp_path / "one")) and (tmp_path / "one/inpaint.ipynb").exists()
+    notebook(tmp_path / "nb.ipynb", [PARAMETERS, "from mri_gen.core import write_skipped; write_skipped(out, [dict(subject='S3', file='S3/T1.nii.gz', reason='S3/T1.nii.gz: truncated')])"]); good = nb.read_bytes(); nb.write_bytes((tmp_path / "nb.ipynb").read_bytes())
+    code, out, err = call("run", "inpaint", "--data", place / "slices", "--out", tmp_path, "--name", "three")
+    assert code == 3 and "done: " in out and err.startswith("mri_gen: done, but 1 file was skipped; the first: S3/T1.nii.gz: truncated") and err.count("\n") == 1; nb.write_bytes(good)
     err = wrong("run", "inpaint", "-p", "note=fail", "--out", tmp_path, "--name", "two", says=["51_inpaint.ipynb: cell [4]", "ValueError: on purpose"])
     assert not (tmp_path / "two/inpaint.ipynb").exists() and "two/inpaint.unfinished.ipynb" in err
     nb.unlink(); wrong("run", "inpaint", "--out", tmp_path, says="no experiment notebook")
@@ -372,6 +407,40 @@ def test_score_bad_input(wrong, place, tmp_path):
     wrong("score", t, t, "--subjects", tmp_path / "few.csv", says="1 rows for 40 images"); wrong("score", t, t, "--mask", tmp_path / "one.npy", says="no pixel is missing"); wrong("score", tmp_path / "empty", place / "slices", says="empty folder")
 
 
+# ---------------------------------------------------------------- generate
+
+@pytest.fixture(scope="module")
+def drawer(place, tmp_path_factory):
+    "A generator trained for four steps"
+    from mri_gen.cli import main
+    out = tmp_path_factory.mktemp("drawer")
+    small = [w for p in ("steps=4", "batch_size=4", "chs=[8,16]", "emb_dim=16", "val_every=4", "precision=fp32") for w in ("-p", p)]
+    assert main(["train", "generate", *small, "--data", place / "slices", "--out", out, "--name", "toy", "--device", "cpu"]) == 0
+    return out / "toy"
+
+
+def test_generate(call, drawer, tmp_path):
+    a = ["--num-samples", 5, "--num-inference-steps", 3, "--weights", drawer, "--device", "cpu"]
+    code, out, err = call("generate", *a, "--batch-size", 2, "--out", tmp_path / "a")
+    assert (code, err) == (0, "") and "images=5/5" in out
+    x = np.load(tmp_path / "a/images.npz")["images"]
+    assert x.shape == (5, 1, 64, 64) and x.dtype == np.float32 and 0 <= x.min() and x.max() <= 1
+    assert sorted(p.name for p in (tmp_path / "a/png").iterdir()) == [f"{i:05d}.png" for i in range(5)]
+    assert call("generate", *a, "--batch-size", 5, "--out", tmp_path / "b")[0] == 0
+    assert np.abs(np.load(tmp_path / "b/images.npz")["images"] - x).max() <= 1 / 255, "the batch size changes the images"
+    code, out, err = call("generate", *a, "--temperature", .7, "--out", tmp_path / "c")
+    assert code == 0 and "no effect on ddim at eta 0" in err
+    assert np.abs(np.load(tmp_path / "c/images.npz")["images"] - x).max() <= 1 / 255
+
+
+def test_generate_wrongly(wrong, drawer, tmp_path):
+    a = ["generate", "--num-samples", 2, "--num-inference-steps", 2, "--weights", drawer, "--device", "cpu", "--out", tmp_path / "x"]
+    wrong(*a, "--scheduler", "euler", says=["euler", "ddim, ddpm, dpm"]); wrong(*a, "--num-inference-steps", 0, says="at least 1"); wrong(*a, "--num-inference-steps", 5000, says="1 to 1000")
+    wrong(*a, "--eta", 1, "--scheduler", "ddpm", says="only ddim"); wrong(*a, "--temperature", -1, says="0 to 2")
+    (tmp_path / "mine").mkdir(); wrong(*a[:-1], tmp_path / "mine", says="--force"); wrong(*a[:-1], tmp_path / "mine", "--force", says="no folder of generated images")
+    assert not (tmp_path / "x").exists()
+
+
 # ---------------------------------------------------------------- simulate, demo
 
 def test_simulate(call, wrong, tmp_path):
@@ -389,8 +458,9 @@ def test_demo_leaves_a_strange_folder_alone(wrong, tmp_path):
 @pytest.mark.slow
 def test_demo_twice(call, place, tmp_path, monkeypatch):
     "The whole tour, smaller; a second call refreshes it and simulates and trains nothing"
-    from mri_gen import cli, inpaint
-    monkeypatch.setattr(cli, "DEMO", dict(seed=2026, train=3, test=1, spacing=4.0)); monkeypatch.setitem(inpaint.Config.PROFILES["demo"], "steps", 5)
+    from mri_gen import cli, generate, inpaint
+    monkeypatch.setattr(cli, "DEMO", dict(seed=2026, train=3, test=1, spacing=4.0))
+    for task in (inpaint, generate): monkeypatch.setitem(task.Config.PROFILES["demo"], "steps", 5)
     for time in (1, 2):
         code, out, err = call("demo", "--out", tmp_path / "demo", "--device", "cpu")
         assert (code, err) == (0, ""), err

@@ -1,5 +1,5 @@
 "The engine under fire (12_checkpoint, 13_train): kills, broken files, full disks, many processes, precision. Single pieces are tested in the notebooks; the task is tests/torture.py's"
-import hashlib, json, os, pickle, shutil, signal, subprocess, sys, tempfile, threading, time, warnings
+import hashlib, json, os, pickle, shutil, signal, subprocess, sys, tempfile, threading, time, types, warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ import mri_gen.core as core
 import mri_gen.train as train
 from mri_gen.checkpoint import flatten, load_checkpoint, load_weights
 from mri_gen.core import RunFolder, UserError
-from mri_gen.datasets import check_array, indices, read_array
+from mri_gen.batches import indices
+from mri_gen.datasets import SliceSet, check_array, read_array, save_slices
 from mri_gen.train import Job, TrainConfig, fit
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -184,7 +185,7 @@ def full_path(monkeypatch, method, suffix):
     monkeypatch.setattr(Path, method, f)
 
 
-FULL = {"checkpoint": lambda m: full_writes(m, checkpoint), "metrics.csv": lambda m: full_writes(m, train),
+FULL = {"checkpoint": lambda m: full_writes(m, checkpoint), "metrics.csv": lambda m: full_writes(m, core),
         "weights": lambda m: full_path(m, "write_bytes", "weights.safetensors.partial"), "DONE": lambda m: full_path(m, "write_text", "DONE")}
 
 
@@ -245,6 +246,47 @@ def test_not_finite_names_the_step_and_never_reaches_a_checkpoint(what, precisio
     assert all(torch.isfinite(v).all() for v in flatten(load_checkpoint(tmp_path / "checkpoint")[1]).values())
 
 
+# files that could not be read ----------------------------------------------------------------------
+
+LOST = [dict(subject="S3", file="in/S3/T1.nii.gz", reason="in/S3/T1.nii.gz: truncated; copy it again"), dict(subject="S5", file="in/S5/T1.nii.gz", reason="empty")]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    "A task `toy` whose data lacked LOST"
+    task = types.ModuleType("mri_gen.toy"); task.lost = LOST
+    class Config(TrainConfig): PROFILES = {"smoke": CFG.model_dump()}
+    task.Config, task.job = Config, lambda cfg, data, device: torture.job(cfg)
+    task.load_data = lambda cfg, data, pattern: SliceSet(np.zeros((1, 1, 8, 8), np.uint8), [dict(subject="S1", split="train")], task.lost)
+    monkeypatch.setitem(sys.modules, "mri_gen.toy", task)
+    return task
+
+
+def test_skipped_files_are_listed_and_the_exit_code_says_so(toy, tmp_path, capsys):
+    "Also when the finished run is started again: it was trained without them, however often one asks"
+    for _ in range(2):
+        assert train.main(["toy", "--out", str(tmp_path), "--name", "a", "--device", "cpu", "--threads", "1"]) == 3
+        out, err = capsys.readouterr()
+        assert out.splitlines()[-1] == f"DONE step={CFG.steps} skipped=2 run={tmp_path / 'a'}"
+        assert err == f"mri_gen.train: done, but 2 files were skipped; the first: in/S3/T1.nii.gz: truncated; copy it again (all: {tmp_path / 'a/skipped.csv'})\n"
+    assert core.read_skipped(tmp_path / "a") == LOST
+
+
+def test_a_list_of_skipped_files_is_that_of_the_last_start(toy, tmp_path, capsys):
+    words = ["toy", "--out", str(tmp_path), "--name", "a", "--device", "cpu", "--threads", "1"]
+    assert train.main([*words, "--max-hours", "0"]) == 3 and "PAUSED step=1 skipped=2" in capsys.readouterr().out
+    toy.lost = []                                                          # mended, and of no consequence for the samples
+    assert train.main(words) == 0 and not (tmp_path / "a/skipped.csv").exists() and "skipped=" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+    d = crashed(tmp_path / "a")
+    def make():
+        j = torture.job(CFG); k = next(iter(j.nets)); j.nets[k] = torch.nn.Sequential(j.nets[k], torch.nn.Conv2d(1, 1, 1))
+        return j
+    with pytest.raises(UserError, match="a/checkpoint: the weights do not fit: .* is missing there"): fit(make, CFG, d, device="cpu", threads=1, quiet=True)
+
+
 # many processes -----------------------------------------------------------------------------------
 
 def torchrun(*words, n=2): return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={29500 + os.getpid() % 2000}", *map(str, words)]
@@ -281,7 +323,6 @@ def test_a_killed_rank_ends_the_run_and_it_resumes_in_other_numbers(tmp_path):
 def test_torchrun_equals_one_process(tmp_path):
     """The command of the README, 5 steps: what the networks do agrees to 1e-5. (Weights to 1e-3: where a gradient is zero but for rounding, as for a bias before a norm, Adam makes steps of the noise)"""
     from test_cli import heads
-    from mri_gen.datasets import SliceSet, save_slices
     from mri_gen.inpaint import Config, build
     x, who = heads(24, 8)
     save_slices(tmp_path / "slices", SliceSet(np.round(x[:, None] * 255).astype(np.uint8), [dict(subject=s, site="", slice=i, split="dev" if s > "TOY05" else "train", plane="sagittal", data="drawn") for i, s in enumerate(who)]))

@@ -47,7 +47,11 @@ def imports(tree, top=False):
 
 def tree(module): return ast.parse((ROOT / "mri_gen" / f"{module}.py").read_text(encoding="utf-8"))
 def inside(names): return {n.split(".")[1] for n in names if n.startswith("mri_gen.")}
-def tasks(): return sorted(m for m, (k, _) in numbers().items() if 20 <= k < 30)
+def task_of(module, number):
+    "The task a module belongs to, or None: 21_inpaint_study belongs to 21_inpaint, the shortest name of its number that it continues"
+    if module not in number or not 20 <= (k := number[module][0]) < 30: return None
+    return min((m for m, (n, _) in number.items() if n == k and f"{module}_".startswith(f"{m}_")), key=len)
+def tasks(): return sorted({task_of(m, numbers()) for m in numbers()} - {None})
 
 
 def test_every_module_has_its_notebook():
@@ -79,13 +83,13 @@ def test_experiment_notebook(nb):
 
 
 def test_import_order():
-    "In the order of their file names (05_anatomy before 05_phantom) none imports a later one; tasks never import each other; so nothing below 30 imports 30 or more"
+    "In the order of their file names (05_anatomy before 05_phantom) none imports a later one; tasks (20_generate, 21_inpaint with its 21_inpaint_study) never import each other; so nothing below 30 imports 30 or more"
     number, wrong = numbers(), []
     for m, (k, nb) in number.items():
         for other in inside(imports(tree(m))):
             if other not in number: wrong.append(f"{nb}: mri_gen.{other} has no notebook")
             elif number[other][1] > nb: wrong.append(f"{nb} imports the later {number[other][1]}")
-            elif m != other and 20 <= k < 30 and 20 <= number[other][0] < 30: wrong.append(f"{nb} imports another task, {number[other][1]}")
+            elif task_of(m, number) and task_of(other, number) not in (None, task_of(m, number)): wrong.append(f"{nb} imports another task, {number[other][1]}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -94,9 +98,11 @@ def test_import_order_check_sees():
     code = "from . import cli\nfrom .report import page\nimport mri_gen.bundle as b\ndef f():\n    from mri_gen.sweep import x\n    import scipy\n    import_module('mri_gen.explore')"
     assert inside(imports(ast.parse(code))) == {"cli", "report", "bundle", "sweep", "explore"}
     assert "scipy" not in set(imports(ast.parse(code), top=True)) and "scipy" in set(imports(ast.parse(code)))
+    some = {m: (int(n[:2]), n) for m, n in {"core": "00_core", "generate": "20_generate", "inpaint": "21_inpaint", "inpaint_study": "21_inpaint_study", "inpainting": "21_inpainting"}.items()}
+    assert [task_of(m, some) for m in (*some, "torch")] == [None, "generate", "inpaint", "inpaint", "inpainting", None]
 
 
-@pytest.mark.parametrize("module", "core volumes corrupt datasets layers losses checkpoint train baselines fills distances inpaint".split())
+@pytest.mark.parametrize("module", "core measure volumes corrupt planes batches datasets layers losses checkpoint train diffusion baselines fills distances slices fillers experiment generate inpaint".split())
 def test_bare_imports_at_the_top(module):
     if module not in numbers(): pytest.skip(f"mri_gen/{module}.py does not exist yet")
     top = {n.split(".")[0] for n in imports(tree(module), top=True)}
