@@ -7,14 +7,16 @@ __all__ = ['MODALITIES', 'SCENARIOS', 'CELLS', 'CURRICULA', 'CONDITIONS', 'scena
            'first_scenario', 'draw_scenarios', 'bounded', 'keep', 'place', 'Imputer', 'OriginalGenerator', 'PatchGAN',
            'condition', 'lsgan_d', 'lsgan_g', 'missing_loss', 'spread_loss', 'accuracy']
 
-# %% ../nbs/18_imputers.ipynb #b3f67feb
+# %% ../nbs/18_imputers.ipynb #28a9a3e6
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .core import UserError
-from .layers import UNet, crop_to, pad_to_multiple
+from .layers import UNet, crop_to, pad_to_multiple, zero_
 from .losses import PIXEL_ERRORS
+from .pixels import BINS, fit_table, look_up
 
 # %% ../nbs/18_imputers.ipynb #debf68f8
 MODALITIES = ("T1", "T2", "PD")
@@ -81,7 +83,7 @@ def keep(
     "Available channels of x bit for bit, the others of y"
     return torch.where(m[:, :, None, None] > 0, x, y)
 
-# %% ../nbs/18_imputers.ipynb #d67abbf4
+# %% ../nbs/18_imputers.ipynb #7c558d0c
 def place(x):
     "(B,2,H,W): row and column in [-1,1]"
     axes = [torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]]
@@ -89,14 +91,37 @@ def place(x):
 
 
 class Imputer(nn.Module):
-    "U-Net for any missing modality; available channels pass bit for bit, outputs lie in [0,1]"
+    "Look-up table, corrected by a U-Net at a fraction of the size and a head at full size; available channels pass bit for bit, outputs lie in [0,1]"
     def __init__(self,
-        chs=(64, 128, 256),  # channels per resolution
-        blocks=1,            # residual blocks per resolution and direction
-        patch=4,             # side of the patches folded into channels
+        chs=(64, 128, 256),  # channels of the U-Net per resolution
+        blocks=1,            # its residual blocks per resolution and direction
+        patch=4,             # side of the patches it folds into channels
+        context=8,           # channels it hands to the head
+        head=32,             # channels of the head
     ):
         super().__init__()
-        self.unet = UNet(8, 6, chs, blocks, patch=patch)
+        self.register_buffer("tables", torch.zeros(len(SCENARIOS) * 3, BINS, BINS))
+        self.unet = UNet(11, context, chs, blocks, patch=patch); self.unet.out[-1].reset_parameters()
+        self.head = nn.Sequential(nn.Conv2d(11 + context, head, 3, padding=1), nn.SiLU(), nn.Conv2d(head, head, 3, padding=1), nn.SiLU(), zero_(nn.Conv2d(head, 6, 1)))
+
+    def fit_tables(self,
+        images,  # (N,3,H,W) uint8 training triples; at most about 400 are looked at
+    ):
+        "Look-up tables of all cells; a table of one modality is repeated along the second"
+        some = np.asarray(images[::max(1, len(images) // 400)])
+        for s, c in CELLS.values():
+            t = torch.from_numpy(fit_table(some, tuple(i for i in range(3) if s[i]), c))
+            self.tables[SCENARIOS.index(s) * 3 + c] = t if t.ndim == 2 else t[:, None]
+        return self
+
+    def look_up(self, x, m):
+        "(B,3,H,W): the tables' answers"
+        bits = (m > 0).long() @ torch.tensor([4, 2, 1], device=x.device); codes = [4 * a + 2 * b + c for a, b, c in SCENARIOS]
+        order = lambda v: torch.tensor([v[codes.index(k)] if k in codes else 0 for k in range(8)], device=x.device)[bits]
+        first, second = ([s.index(1) for s in SCENARIOS], [2 - s[::-1].index(1) for s in SCENARIOS])       # first and last available channel
+        i = (x.clamp(0, 1) * 255).round().long() // (256 // BINS); each = torch.arange(len(x), device=x.device)
+        flat = order(range(len(SCENARIOS)))[:, None, None] * (3 * BINS * BINS) + i[each, order(first)] * BINS + i[each, order(second)]
+        return torch.stack([self.tables.view(-1)[flat + c * BINS * BINS] for c in range(3)], 1)
 
     def forward(self,
         x,             # (B,3,H,W) in [0,1]; what stands in missing channels is ignored
@@ -104,10 +129,12 @@ class Imputer(nn.Module):
         at=None,       # (B,2,H,W) where in the whole image these pixels lie, see `place`; None: they are the whole image
         spread=False,  # return (images, spreads), (B,3,H,W) each; the spread of an available channel is 0
     ):
-        there = m[:, :, None, None].expand_as(x)
-        y, s = self.unet(torch.cat([torch.where(there > 0, x - .25, 0), there - .5, place(x) if at is None else at], 1)).float().chunk(2, 1)
-        y = keep(bounded(y), x, m)
-        return (y, torch.where(there > 0, 0, .02 * torch.exp(s.clamp(-4, 4)))) if spread else y
+        there = m[:, :, None, None].expand_as(x) > 0
+        x = torch.where(there, x, 0); rough = torch.where(there, 0, self.look_up(x, m))
+        c = torch.cat([torch.where(there, x - .25, 0), there.to(x.dtype) - .5, place(x) if at is None else at, torch.where(there, 0, rough - .25)], 1)
+        y, s = self.head(torch.cat([c, self.unet(c).to(c.dtype)], 1)).float().chunk(2, 1)
+        y = torch.where(there, x, bounded(rough + y))
+        return (y, torch.where(there, 0, .02 * torch.exp(s.clamp(-4, 4)))) if spread else y
 
 # %% ../nbs/18_imputers.ipynb #08b88914
 class OriginalGenerator(nn.Module):

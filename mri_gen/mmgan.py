@@ -28,8 +28,8 @@ from .slices import fingerprint
 from .train import Job, TrainConfig, adamw, source_id
 from .triples import load_triples
 
-# %% ../nbs/22_mmgan.ipynb #f72c1c33
-_LONG = dict(batch_size=4, chs=(64, 128, 256), blocks=1, patch=4, lr=1.5e-3, warmup=200, ema=.999, crop=(192, 224), log_every=100, val_every=1000, save_every=500)
+# %% ../nbs/22_mmgan.ipynb #7e4b0679
+_LONG = dict(batch_size=4, chs=(64, 128, 256), blocks=1, patch=4, lr=1.5e-3, warmup=200, ema=.999, crop=(192, 224), channels_last=True, log_every=100, val_every=1000, save_every=500)
 _GAN = dict(loss="l1", spread=0.)
 _ORIGINAL = dict(_GAN, method="original", condition="truth", per_channel=False, per_sample=False, curriculum="two_phases", lr=2e-4, lr_end=.25, warmup=0, beta1=.5, beta2=.999, weight_decay=0., grad_clip=0., ema=0., precision="fp32", batch_size=8, log_every=100, val_every=1000, save_every=500)
 
@@ -39,7 +39,7 @@ class Config(TrainConfig):
     PROFILES: ClassVar[dict] = {
         "smoke": dict(steps=60, batch_size=4, chs=(16, 32), patch=8, lr=3e-3, warmup=10, ema=.9, log_every=20, val_every=60, save_every=60, per_volume=6, simulated=4, val_images=6),
         "demo": dict(steps=120, batch_size=4, chs=(32, 64), patch=4, lr=3e-3, warmup=20, ema=.97, log_every=20, val_every=120, save_every=120, per_volume=12, simulated=6, val_images=12),
-        "full": dict(_LONG, steps=14000),
+        "full": dict(_LONG, steps=10000),
         "gan": dict(_LONG, **_GAN, method="gan", steps=6000, beta1=.5, beta2=.999),
         "original": dict(_ORIGINAL, steps=5000),
         "original_deep": dict(_ORIGINAL, depth=8, steps=5000),
@@ -48,6 +48,8 @@ class Config(TrainConfig):
     chs: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="channels per resolution")
     blocks: int = Field(1, ge=1, description="residual blocks per resolution and direction")
     patch: int = Field(4, ge=1, description="side of the patches folded into channels")
+    context: int = Field(8, ge=1, description="channels that the U-Net hands to the head")
+    head: int = Field(32, ge=1, description="channels of the head at full size")
     depth: Literal[6, 8] = Field(6, description="original: levels")
     loss: Literal["psnr", "mse", "l1", "charbonnier"] = Field("psnr", description="on the missing channels")
     spread: float = Field(.1, ge=0, description="weight of the spread's likelihood; 0: the spread is not learned")
@@ -69,7 +71,7 @@ class Config(TrainConfig):
 
 def build(cfg):
     "`{name: network}` of a Config; the network that imputes is named like the method"
-    nets = {cfg.method: OriginalGenerator(cfg.depth) if cfg.method == "original" else Imputer(cfg.chs, cfg.blocks, cfg.patch)}
+    nets = {cfg.method: OriginalGenerator(cfg.depth) if cfg.method == "original" else Imputer(cfg.chs, cfg.blocks, cfg.patch, cfg.context, cfg.head)}
     if cfg.method != "unet" and cfg.adversarial: nets["critic"] = PatchGAN(cfg.method != "original", cfg.d_chs)
     return nets
 
@@ -123,7 +125,7 @@ def adversarial(loop, cfg, x, m, at):
     loop.update(cfg.method, cfg.pixel * pixel + cfg.adversarial * g)
     return {"loss": pixel, "g": g, "d": d, "d_accuracy": accuracy(real, fake, m)}
 
-# %% ../nbs/22_mmgan.ipynb #6ad172d9
+# %% ../nbs/22_mmgan.ipynb #ade0e4b3
 def checks(net, x):
     "{figure: value} of a validation: PSNR of clipped answers, mean over the missing channels of each scenario, and over scenarios"
     out = {}
@@ -144,6 +146,7 @@ def job(
     some = dev.batch(np.unique(np.linspace(0, len(dev) - 1, cfg.val_images).round().astype(int)))
     if cfg.method == "original" and cfg.spread: raise UserError("spread: the original network has no spread; use -p spread=0")
     nets = build(cfg)
+    if cfg.method != "original": nets[cfg.method].fit_tables(data.subset(split="train").images)
 
     def step(loop, idx):
         at = torch.rand(2, generator=generator(cfg.seed, "window", loop.step)).tolist()
@@ -162,7 +165,7 @@ def job(
     for g in opts["critic"].param_groups if "critic" in opts else (): g["lr"] *= cfg.d_lr
     return Job(nets, opts, step, len(train), lambda nets: checks(nets[cfg.method], some), preview, meta={"task": "mmgan", "method": cfg.method, "trained_on": fingerprint(data)}, skipped=data.skipped)
 
-# %% ../nbs/22_mmgan.ipynb #14216672
+# %% ../nbs/22_mmgan.ipynb #a2bf3371
 CHUNK, NETWORKS = 4, ("unet", "gan", "original")
 
 
@@ -211,7 +214,11 @@ class Completer:
         given = {k: v for k, v in zip(MODALITIES, (t1, t2, pd)) if v is not None}
         if images is None:
             s = parse_available(",".join(given))
-            if not all(isinstance(v, np.ndarray) or torch.is_tensor(v) for v in given.values()): return self._volumes(given, s, spread)
+            if not all(isinstance(v, np.ndarray) or torch.is_tensor(v) for v in given.values()):
+                from mri_gen.volumes import to_nibabel
+                out, like = self.volumes(given, spread)
+                out = [{k: to_nibabel(y, like) for k, y in part.items()} for part in out]
+                return tuple(out) if spread else out[0]
             arrays = {k: check_array(v, k)[:, 0] for k, v in given.items()}
             shapes = {v.shape for v in arrays.values()}
             if len(shapes) > 1: raise UserError(f"{' and '.join(given)}: shapes {' and '.join(str(v.shape) for v in arrays.values())} differ; the same slices of the same people, in the same order")
@@ -235,24 +242,26 @@ class Completer:
         for w in mislabelled(x, s): warnings.warn(w, stacklevel=4)
         return self.complete(x, s, spread)
 
-    def _volumes(self, given, s, spread):
-        "{modality: nibabel image in [0,1]} on the grid, orientation and affine of the first input"
+    def volumes(self,
+        given,         # {"T2": path, nibabel image or `Volume`, ...}
+        spread=False,
+    ):
+        "([{missing modality: (X,Y,Z) in [0,1]}, and with `spread` the same of the expected errors], the first input as `Volume`, on whose grid they are)"
         from mri_gen.triples import Frame, trained_scale
-        from mri_gen.volumes import check_same_grid, to_nibabel, volume_from
-        v = {k: volume_from(x) for k, x in given.items()}; check_same_grid(v)
+        from mri_gen.volumes import check_same_grid, volume_from
+        s, v = parse_available(",".join(given)), {k: volume_from(x) for k, x in given.items()}; check_same_grid(v)
         like = next(iter(v.values())); scaled = {k: np.clip(trained_scale(x.data, k).apply(x.data), 0, 1) for k, x in v.items()}
         f = Frame(like, np.maximum.reduce(list(scaled.values())) > .1)
         x = np.zeros((like.shape[2], 3, f.side, f.side), np.float32)
-        for c, k in enumerate(MODALITIES):
-            if k in scaled: x[:, c] = f.cut(scaled[k])
+        for k in scaled: x[:, MODALITIES.index(k)] = f.cut(scaled[k])
         busy = np.flatnonzero((x > .05).any((1, 2, 3)))
         if not len(busy): raise UserError(f"{like.path or 'input'}: nothing but air; nothing to impute from")
         for w in mislabelled(x[busy], s): warnings.warn(w, stacklevel=4)
         parts, out = self.complete(x[busy], s, spread), []
         for y in parts if spread else (parts,):
             full = np.zeros_like(x); full[busy] = y
-            out.append({k: to_nibabel(np.clip(f.back(full[:, c]), 0, 1), like) for c, k in enumerate(MODALITIES) if not s[c]})
-        return tuple(out) if spread else out[0]
+            out.append({k: np.clip(f.back(full[:, c]), 0, 1) for c, k in enumerate(MODALITIES) if not s[c]})
+        return out, like
 
 
 def pretrained(weights=None, device="auto"):
