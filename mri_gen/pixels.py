@@ -59,7 +59,7 @@ def fit_mean(x):
     "Mean training slice, (C,H,W) float32"
     return np.mean([x[i:i + 64].mean(0, dtype=np.float64) / (255 if x.dtype == np.uint8 else 1) * len(x[i:i + 64]) for i in range(0, len(x), 64)], 0).astype(np.float32) * len(range(0, len(x), 64)) / len(x)
 
-# %% ../nbs/15_pixels.ipynb #04820f6a
+# %% ../nbs/15_pixels.ipynb #21340fb8
 WIDTHS = (1., 2., 4., 8.)
 
 
@@ -124,7 +124,7 @@ class Trees:
         none, out = np.zeros((0, 8), np.uint32), []
         ready = [TreePredictor(np.ascontiguousarray(t), none, none) for t in self.trees]
         for i in range(len(x)):
-            f = pixel_features(x[i:i + 1], available); v = np.ascontiguousarray(f.reshape(-1, f.shape[-1]))
+            f = pixel_features(x[i:i + 1], available); v = f.reshape(-1, f.shape[-1]).astype(np.float64)
             y = np.full(len(v), self.base)
             for p in ready: y += p.predict(v, none, np.zeros(0, np.uint32), 1)
             out.append(y.reshape(f.shape[1:3]).astype(np.float32))
