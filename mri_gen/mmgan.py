@@ -28,8 +28,8 @@ from .slices import fingerprint
 from .train import Job, TrainConfig, adamw, source_id
 from .triples import load_triples
 
-# %% ../nbs/22_mmgan.ipynb #7e4b0679
-_LONG = dict(batch_size=4, chs=(64, 128, 256), blocks=1, patch=4, lr=1.5e-3, warmup=200, ema=.999, crop=(192, 224), channels_last=True, log_every=100, val_every=1000, save_every=500)
+# %% ../nbs/22_mmgan.ipynb #a5f8cba2
+_LONG = dict(batch_size=24, chs=(64, 128, 256), blocks=1, patch=4, lr=3e-3, warmup=200, ema=.998, crop=(80, 80), channels_last=True, log_every=100, val_every=500, save_every=250)
 _GAN = dict(loss="l1", spread=0.)
 _ORIGINAL = dict(_GAN, method="original", condition="truth", per_channel=False, per_sample=False, curriculum="two_phases", lr=2e-4, lr_end=.25, warmup=0, beta1=.5, beta2=.999, weight_decay=0., grad_clip=0., ema=0., precision="fp32", batch_size=8, log_every=100, val_every=1000, save_every=500)
 
@@ -39,7 +39,7 @@ class Config(TrainConfig):
     PROFILES: ClassVar[dict] = {
         "smoke": dict(steps=60, batch_size=4, chs=(16, 32), patch=8, lr=3e-3, warmup=10, ema=.9, log_every=20, val_every=60, save_every=60, per_volume=6, simulated=4, val_images=6),
         "demo": dict(steps=120, batch_size=4, chs=(32, 64), patch=4, lr=3e-3, warmup=20, ema=.97, log_every=20, val_every=120, save_every=120, per_volume=12, simulated=6, val_images=12),
-        "full": dict(_LONG, steps=10000),
+        "full": dict(_LONG, steps=6000),
         "gan": dict(_LONG, **_GAN, method="gan", steps=6000, beta1=.5, beta2=.999),
         "original": dict(_ORIGINAL, steps=5000),
         "original_deep": dict(_ORIGINAL, depth=8, steps=5000),
@@ -63,7 +63,8 @@ class Config(TrainConfig):
     d_lr: float = Field(1., gt=0, description="learning rate of the discriminator, as a multiple of lr")
     flip: float = Field(.5, ge=0, le=1, description="share of slices mirrored left to right")
     gain: float = Field(0., ge=0, le=.5, description="largest change of brightness, the same for all modalities of a slice")
-    crop: tuple[int, int] = Field((0, 0), description="random windows of (height, width) to train on; 0: the whole side")
+    crop: tuple[int, int] = Field((0, 0), description="random windows of (height, width) to train on: more people a step; 0: the whole side")
+    whole: float = Field(.25, ge=0, le=1, description="last share of the steps, on whole slices, as many as have the pixels of the windows")
     per_volume: int = Field(24, ge=1, description="slices of each volume, where data are volumes")
     simulated: int = Field(6, ge=3, description="simulated subjects, where there are no data")
     val_images: int = Field(36, ge=1, description="dev slices that the curve is drawn from")
@@ -80,21 +81,21 @@ def load_data(cfg, data=None, pattern=None):
     "Training and dev triples; see `triples.load_triples`"
     return load_triples(data, pattern, cfg.per_volume, cfg.simulated, ("train", "dev"))
 
-# %% ../nbs/22_mmgan.ipynb #b97c5430
+# %% ../nbs/22_mmgan.ipynb #8421927f
 def augment(
     x,    # (B,3,H,W) clean
-    u,    # (B,2) uniform draws: mirrored?, brightness
-    at,   # two numbers in [0,1): which window, the same for the batch
+    u,    # (B,4) uniform draws: mirrored?, brightness, row and column of the window
     cfg,  # Config
+    whole=False,  # no windows
 ):
-    "(triples, their place in the whole image (B,2,h,w)): mirrored, scaled, cut"
+    "(windows, their place in the whole image (B,2,h,w), whole images): mirrored, scaled, cut"
     flip, g = u[:, 0, None, None, None], u[:, 1, None, None, None]
     x = torch.where(flip < cfg.flip, x.flip(2), x)
     if cfg.gain: x = (x * (1 + cfg.gain * (2 * g - 1))).clamp(0, 1)
-    size = [min(c or n, n) for c, n in zip(cfg.crop, x.shape[2:])]
-    i, j = (int(v * (n - s + 1)) for v, n, s in zip(at, x.shape[2:], size))
-    cut = (..., slice(i, i + size[0]), slice(j, j + size[1]))
-    return x[cut].contiguous(), place(x)[cut]
+    h, w = (n if whole or not c else min(c, n) for c, n in zip(cfg.crop, x.shape[2:]))
+    ij = (u[:, 2:] * torch.tensor([x.shape[2] - h + 1, x.shape[3] - w + 1], device=u.device)).long().tolist()
+    cut = lambda v: torch.stack([a[:, i:i + h, j:j + w] for a, (i, j) in zip(v, ij)])
+    return cut(x), cut(place(x)), x
 
 
 def scenarios(loop, cfg):
@@ -102,10 +103,10 @@ def scenarios(loop, cfg):
     u = loop.draw("scenario") if cfg.per_sample else torch.rand(1, generator=generator(cfg.seed, "scenario", loop.step)).to(loop.device).expand(cfg.batch_size // loop.world)
     return draw_scenarios(u, first_scenario(cfg.curriculum, loop.step, cfg.steps))
 
-# %% ../nbs/22_mmgan.ipynb #582cf186
-def regression(loop, cfg, x, m, at):
+# %% ../nbs/22_mmgan.ipynb #57027fec
+def regression(loop, cfg, x, m, where):
     "A step without a discriminator"
-    with loop.autocast(): out = loop.nets[cfg.method](x, m, at, **({"spread": True} if cfg.spread else {}))
+    with loop.autocast(): out = loop.nets[cfg.method](x, m, **where, **({"spread": True} if cfg.spread else {}))
     y, s = out if cfg.spread else (out, None)
     loss = missing_loss(y, x, m, cfg.loss)
     figures = {"loss": loss} | ({"spread": spread_loss(y, s, x, m)} if cfg.spread else {})
@@ -113,10 +114,10 @@ def regression(loop, cfg, x, m, at):
     return figures
 
 
-def adversarial(loop, cfg, x, m, at):
+def adversarial(loop, cfg, x, m, where):
     "A step of the discriminator, then one of the generator"
     gen, critic, c = loop.nets[cfg.method], loop.nets["critic"], condition(x, m, cfg.condition)
-    with loop.autocast(): y = gen(x, m, at)
+    with loop.autocast(): y = gen(x, m, **where)
     with loop.autocast(): real, fake = critic(x, c, m), critic(y.detach(), c, m)
     d = lsgan_d(real, fake, m if cfg.per_channel else None)
     loop.update("critic", d)
@@ -125,7 +126,7 @@ def adversarial(loop, cfg, x, m, at):
     loop.update(cfg.method, cfg.pixel * pixel + cfg.adversarial * g)
     return {"loss": pixel, "g": g, "d": d, "d_accuracy": accuracy(real, fake, m)}
 
-# %% ../nbs/22_mmgan.ipynb #ade0e4b3
+# %% ../nbs/22_mmgan.ipynb #b0dc740b
 def checks(net, x):
     "{figure: value} of a validation: PSNR of clipped answers, mean over the missing channels of each scenario, and over scenarios"
     out = {}
@@ -145,13 +146,16 @@ def job(
     train, dev = DeviceData(data.subset(split="train"), device), DeviceData(data.subset(split="dev"), device)
     some = dev.batch(np.unique(np.linspace(0, len(dev) - 1, cfg.val_images).round().astype(int)))
     if cfg.method == "original" and cfg.spread: raise UserError("spread: the original network has no spread; use -p spread=0")
-    nets = build(cfg)
-    if cfg.method != "original": nets[cfg.method].fit_tables(data.subset(split="train").images)
+    nets = build(cfg); net = nets[cfg.method]
+    if cfg.method != "original": net.fit_tables(data.subset(split="train").images)
 
     def step(loop, idx):
-        at = torch.rand(2, generator=generator(cfg.seed, "window", loop.step)).tolist()
-        x, at = augment(train.batch(idx), loop.draw("augment", 2), at, cfg)
-        return (adversarial if "critic" in nets else regression)(loop, cfg, x, scenarios(loop, cfg), at)
+        x, m, u = train.batch(idx), scenarios(loop, cfg), loop.draw("augment", 4)
+        whole = loop.step >= round((1 - cfg.whole) * cfg.steps)
+        if whole: n = max(1, round(len(x) * np.prod([min(c or s, s) / s for c, s in zip(cfg.crop, x.shape[2:])]))); x, m, u = x[:n], m[:n], u[:n]
+        x, at, seen = augment(x, u, cfg, whole)
+        where = {} if cfg.method == "original" else {"at": at, "tones": net.tones(seen, m)}
+        return (adversarial if "critic" in nets else regression)(loop, cfg, x, m, where)
 
     def preview(nets):
         x = some[::max(1, len(some) // 3)][:3]; rows = []
