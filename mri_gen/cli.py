@@ -326,21 +326,25 @@ def score(
         for n in notes: say_error(f"note: {n}")
     print(text, end="")
 
-# %% ../nbs/39_cli.ipynb #62c2a88e
+# %% ../nbs/39_cli.ipynb #89a0ee38
 @app.command()
 def bench(
     out: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="write rows, ratios, memory and the machine to this file")] = None,
+    topic: Annotated[str, typer.Option(help="what is timed: train (our training step against a plain one), or using a task's networks: restore, generate")] = "train",
     profile: Annotated[str, typer.Option(help="size: full (under 4 minutes), smoke (seconds, says nothing about speed)")] = "full",
     p: Params = None, force: Force = False, device: Device = "auto",
 ):
-    "Our training step against a plain one, and what each choice is worth: ratios measured side by side."
+    "Ratios of times, measured side by side: our training step against a plain one, or a task's networks against other ways."
     import contextlib
     from mri_gen.bench import BenchConfig, measure, text
-    from mri_gen.core import pick_device, whole, write_json
+    from mri_gen.bench_tasks import TOPICS, measure_topic
+    from mri_gen.core import UserError, pick_device, whole, write_json
     from mri_gen.train import parse_params
+    if topic not in ("train", *TOPICS): raise UserError(f"--topic {topic}: use train, {', '.join(TOPICS)}")
     cfg, device = BenchConfig.profile(profile, **parse_params(p)), pick_device(device)
     with whole(out, force) if out else contextlib.nullcontext() as tmp:
-        result = measure(cfg, device, say=lambda s: print(s, file=sys.stderr, flush=True))
+        show = lambda s: print(s, file=sys.stderr, flush=True)
+        result = measure(cfg, device, say=show) if topic == "train" else measure_topic(TOPICS[topic], cfg, device, say=show)
         if out: write_json(tmp, result)
     say(text(result))
     if out: say(f"{out}: {len(result['rows'])} rows")
@@ -446,7 +450,7 @@ def demo_test_slices(cohort, folder):
     save_slices(folder, s, force=True)
     return s
 
-# %% ../nbs/39_cli.ipynb #72a5dc73
+# %% ../nbs/39_cli.ipynb #827f2860
 def demo_inpaint(out, run, device):
     "Restore and score the second cohort: shipped weights, the demo run, classical methods; returns (evaluation folder, lines to print)"
     import dataclasses
@@ -454,7 +458,7 @@ def demo_inpaint(out, run, device):
     from mri_gen import inpaint
     from mri_gen.checkpoint import find_weights
     from mri_gen.core import UserError, whole, write_json
-    from mri_gen.metrics import compare, summarise
+    from mri_gen.metrics import compare_all, summarise
     from mri_gen.report import save_evaluation, verdicts
     slices = demo_test_slices(out / "simulated_test", out / "simulated_slices")
     clean, known = slices.float()[:, 0], inpaint.tilted(inpaint.SIZE, inpaint.SIZE)
@@ -469,7 +473,7 @@ def demo_inpaint(out, run, device):
     mine = score(run.path, ("unet",))
     e = score(weights, inpaint.METHODS) if weights else score(None, tuple(inpaint.CLASSICAL))
     rows = rename(mine.rows) + e.rows; network = "unet" if weights else "unet_demo"
-    tests = [c | dict(data=d, cell=p) for d, p in {(r["data"], r["cell"]) for r in rows} for c in compare(rows, network, data=d, cell=p)]
+    tests = compare_all(rows, network, ("psnr", "ssim", "mae"), families=[{*inpaint.NETWORKS, "unet_demo"}])
     e = dataclasses.replace(e, rows=rows, records=summarise(rows), comparisons=tests, predictions={"unet_demo": mine.predictions["unet"]} | e.predictions)
     folder = out / "inpaint"; folder.mkdir(exist_ok=True)
     save_evaluation(folder, e, inpaint, network)

@@ -288,7 +288,7 @@ def predict(images, mask="auto", method=None, weights=None, device="auto"):
     "One call: see `Restorer`"
     return Restorer(method, weights, device).predict(images, mask)
 
-# %% ../nbs/21_inpaint.ipynb #ada1029a
+# %% ../nbs/21_inpaint.ipynb #54b847b0
 METHODS = (*CLASSICAL, "ridge", "original_unet", "vae", "wgan", "unet")
 
 
@@ -296,7 +296,7 @@ METHODS = (*CLASSICAL, "ridge", "original_unet", "vae", "wgan", "unet")
 class Evaluation:
     "Scores and the pictures behind them"
     records: list      # of `metrics.summarise`
-    comparisons: list  # of `metrics.compare`: each method against the U-Net (or the network asked for), PSNR in the holes
+    comparisons: list  # of `metrics.compare_all`: each method against the U-Net (or the network asked for), in the holes
     rows: list         # per image
     truth: SliceSet    # clean slices
     mask: np.ndarray   # (64,64) bool
@@ -317,7 +317,7 @@ def evaluate(
     pattern=None,     # where volumes lie below `data`
 ):
     "Corrupt clean slices of held-out people, restore them with every method, score where pixels were missing"
-    from mri_gen.metrics import compare, score_table, summarise
+    from mri_gen.metrics import compare_all, score_table, summarise
     used, main = _restorers(methods, weights, ridge, device)
     same = source_id(data) in {r.meta.get("source") for r in used.values() if r.method in NETWORKS}      # one of them was trained on these data: only what was held out is scored
     truth = test_slices(data, split, trained_on=source_id(data) if same else None, pattern=pattern)
@@ -328,13 +328,12 @@ def evaluate(
     for m, r in used.items():
         r.agree(known); start = time.perf_counter()
         pred[m] = fill_with(r.fill, x * known, known); timings[m] = (time.perf_counter() - start) / len(x)
-    rows, comparisons = [], []
+    rows = []
     for name, plane in dict.fromkeys(zip(truth.column("data"), truth.column("plane"))):
         idx = np.flatnonzero((truth.column("data") == name) & (truth.column("plane") == plane))
-        mine = [r for m, y in pred.items() for r in score_table(y[idx], x[idx], truth.column("subject")[idx], task="inpaint", method=m, data=str(name), split=split, cell=str(plane) or "all",
-                                                                hole=~known if known.ndim == 2 else ~known[idx])]
-        rows += mine
-        if main in pred and len(pred) > 1: comparisons += [c | dict(data=str(name), cell=str(plane) or "all") for c in compare(mine, main)]
+        rows += [r for m, y in pred.items() for r in score_table(y[idx], x[idx], truth.column("subject")[idx], task="inpaint", method=m, data=str(name), split=split, cell=str(plane) or "all",
+                                                                 hole=~known if known.ndim == 2 else ~known[idx])]
+    comparisons = compare_all(rows, main, ("psnr", "ssim", "mae"), families=[NETWORKS]) if main in pred else []
     return Evaluation(summarise(rows), comparisons, rows, truth, known, pred, truth.skipped, timings)
 
 
