@@ -246,16 +246,17 @@ def register(
     if kind == "affine": t = to_transform(matrix_of(t), "affine", centre / UNIT_MM); go(t, .2, .002, 100)
     return _in_units(matrix_of(t), UNIT_MM)
 
-# %% ../nbs/07_align.ipynb #45a2f4fa
+# %% ../nbs/07_align.ipynb #6b6ee2cd
 def resample(
     moving,         # Volume
     fixed,          # Volume whose grid the result gets
     matrix,         # (4,4) RAS+ mm, fixed to moving
     how="cubic",    # B-spline, or "linear"
+    outside=None,   # value outside of its field of view; None: its minimum
 ):
-    "The moving image on the fixed grid, (X,Y,Z) float32; outside its field of view its minimum"
+    "The moving image on the fixed grid, (X,Y,Z) float32"
     sitk = itk(); lo, hi = float(moving.data.min()), float(moving.data.max())
-    y = sitk.Resample(to_itk(moving), to_itk(fixed, np.zeros(fixed.shape, np.uint8)), to_transform(matrix, "affine"), sitk.sitkBSpline if how == "cubic" else sitk.sitkLinear, lo, sitk.sitkFloat32)
+    y = sitk.Resample(to_itk(moving), to_itk(fixed, np.zeros(fixed.shape, np.uint8)), to_transform(matrix, "affine"), sitk.sitkBSpline if how == "cubic" else sitk.sitkLinear, lo if outside is None else outside, sitk.sitkFloat32)
     return np.clip(from_itk(y), lo, hi)
 
 # %% ../nbs/07_align.ipynb #6c4f8e0d

@@ -48,7 +48,7 @@ class PreprocessConfig(Settings):
     dtype: Literal["uint8", "float16"] = "uint8"         # of layout arrays
     layout: Literal["arrays", "files"] = "arrays"        # {split}.npy, or the original's {split}/{subject}_slice{k}.npy
 
-# %% ../nbs/07_preprocess.ipynb #58a99477
+# %% ../nbs/07_preprocess.ipynb #f434072a
 @dataclass
 class Prepared:
     "One subject on one grid"
@@ -84,7 +84,7 @@ def prepare(
         if a.in_place: continue
         if twin: flat(m)                                                 # it is not: the head moved in between
         out.images[m], out.before[m] = resample(v, fixed, a.matrix, cfg.interpolation), resample(v, fixed, np.eye(4), "linear")
-        out.fields[m] = resample(replace(v, data=own[m]), fixed, a.matrix, "linear"), m
+        out.fields[m] = resample(replace(v, data=own[m]), fixed, a.matrix, "linear", 0.0), m
     if not cfg.n4: out.fields = {}
     return out
 
