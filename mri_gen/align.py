@@ -8,7 +8,7 @@ __all__ = ['FLIP', 'LEVELS', 'UNIT_MM', 'STILL_MM', 'NO_GAIN', 'itk', 'to_itk', 
            'head_mask', 'sample', 'shared_information', 'register', 'resample', 'Alignment', 'same_grid', 'align',
            'checkerboard']
 
-# %% ../nbs/07_align.ipynb #760f130c
+# %% ../nbs/07_align.ipynb #76640244
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from .anatomy import rotation
 from .core import UserError, mix
-from .volumes import Volume, grid_difference_mm
+from .volumes import grid_difference_mm
 
 # %% ../nbs/07_align.ipynb #fb77fb8a
 FLIP = np.diag([-1.0, -1, 1, 1])  # RAS <-> LPS

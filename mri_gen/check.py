@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'LIGHTS', 'STYLE', 'SCRIPT', 'COLUMNS', 'beyond', 'judge', 'typical', 'three_slices', 'top',
            'modality_picture', 'checker_picture', 'n4_picture', 'strip', 'limits_table', 'page']
 
-# %% ../nbs/07_check.ipynb #f67b4b00
+# %% ../nbs/07_check.ipynb #2953355e
 import base64, io
 from html import escape
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from .align import checkerboard
 from .core import whole
-from .figures import bar, panels, save_figure, show, styled
+from .figures import bar, panels, show, styled
 from .planes import PLANES, extract_slices, resize
 from .volumes import Volume
 

@@ -109,7 +109,7 @@ def cut(
     if cfg.plane == "axial" and cfg.anterior == "right": out = np.rot90(out, -1, (2, 3))
     return (np.rint(out * 255).astype(np.uint8) if cfg.dtype == "uint8" else out.astype(np.float16)), k
 
-# %% ../nbs/07_preprocess.ipynb #73f3d560
+# %% ../nbs/07_preprocess.ipynb #2f7dd4d3
 def file_hash(path):
     "Of the bytes of a file: a finished subject is only reused while its inputs are these"
     try:
@@ -130,8 +130,9 @@ def facts_of(p, cfg, subject, site, inputs, numbers):
 def save_pictures(p, folder, cfg):
     "The three pictures and the strip of one subject"
     from mri_gen import check
+    from mri_gen.figures import save_figure
     plane = cfg.plane; where = check.three_slices(p.head, plane); out = p.corrected; moved = {m: (x, p.images[m]) for m, x in p.before.items()}; parts = {m: (p.images[m], out[m], *p.fields[m]) for m in out}
-    put = lambda name, fig: check.save_figure(fig, folder / f"{name}.png", 80)
+    put = lambda name, fig: save_figure(fig, folder / f"{name}.png", 80)
     put("slices", check.modality_picture(p.images, p.fixed, where, plane))
     if moved: put("checkerboard", check.checker_picture(moved, p.fixed, where, plane, cfg.fixed))
     if parts: put("n4", check.n4_picture(parts, p.fixed, where, plane))
