@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'predict', 'download', 'Profile', 'Params', 'Data', 'Force', 'Device', 'Weights', 'DEMO', 'message',
-           'say_error', 'main', 'existing', 'say', 'save_array', 'download_ixi', 'simulate', 'train',
+           'say_error', 'main', 'existing', 'say', 'save_array', 'download_ixi', 'simulate', 'preprocess', 'train',
            'notebook_parameters', 'execute', 'run', 'sweep', 'publish', 'evaluate', 'report', 'predict_inpaint',
            'generate', 'score', 'bench', 'weights_found', 'data_found', 'doctor', 'demo_folder', 'demo_cohort',
            'demo_train', 'demo_test_slices', 'demo_inpaint', 'demo_generate', 'demo']
@@ -94,7 +94,7 @@ def download_ixi(
     from mri_gen.download import ixi
     ixi(modality, out, mirror, keep)
 
-# %% ../nbs/39_cli.ipynb #ed22f22c
+# %% ../nbs/39_cli.ipynb #3be70923
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="folder to make")],
@@ -108,7 +108,29 @@ def simulate(
     from mri_gen.phantom import simulate_cohort
     say(f"{simulate_cohort(out, subjects, seed, spacing, jobs, force)}: {subjects} subjects")
 
+# %% ../nbs/39_cli.ipynb #52d486b0
+@app.command()
+def preprocess(
+    src: Annotated[Path, typer.Argument(help="folder with volumes")],
+    out: Annotated[Path, typer.Argument(help="folder to make: registered/, transforms/, n4/, slices/, manifest.csv, qc.html")],
+    pattern: Annotated[str, typer.Option(help="where the volumes lie below SRC")] = "{subject}/{modality}.nii.gz",
+    fixed: Annotated[str, typer.Option(help="the image whose grid all get")] = "PD",
+    modality: Annotated[Optional[list[str]], typer.Option(help="may be repeated; without it: T1, T2 and PD where there are all three")] = None,
+    n4: Annotated[bool, typer.Option("--n4/--no-n4", help="also correct the receive field: slices/optimized_n4 beside slices/baseline")] = True,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="processes; without it: one per core")] = None,
+    dask: Annotated[Optional[str], typer.Option(metavar="ADDRESS", help="scheduler of a dask cluster that sees the same files, e.g. tcp://host:8786")] = None,
+    p: Params = None, force: Force = False,
+):
+    "Raw volumes to training slices: registration, N4, slices, and a page that says how it went. Killed anywhere, the same command goes on."
+    from mri_gen.core import UserError, parse_params, tell_skipped
+    from mri_gen.preprocess import preprocess as go
+    params = parse_params(p)
+    for k in ("fixed", "n4"):
+        if k in params: raise UserError(f"-p {k}: is given by its own option --{k}")
+    folder, skipped = go(existing(src, "folder"), out, pattern, modality or None, jobs, dask, force, **{"fixed": fixed, "n4": n4} | params)
+    tell_skipped(skipped, folder / "skipped.csv")
 
+# %% ../nbs/39_cli.ipynb #6d90cb14
 @app.command()
 def train(
     slug: Annotated[str, typer.Argument(help="task, e.g. inpaint")],
