@@ -6,7 +6,7 @@
 __all__ = ['SEED', 'SIZES', 'jolt', 'moved', 'motion_trial', 'field_trial', 'real_trials', 'real_size', 'speed', 'save',
            'run_cohort', 'main', 'motion_table', 'field_table', 'real_table', 'speed_table', 'speed_text']
 
-# %% ../nbs/07_preprocess_study.ipynb #d15ae53a
+# %% ../nbs/07_preprocess_study.ipynb #542e43cc
 import argparse, os, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from .align import distance_mm, head_mask, points_in, read_transform, register, turned
 from .anatomy import rotation
 from .bias import correct, field_error, injected, log_field, plain_field
-from .core import UserError, data_dir, environment, numpy_generator, read_json, root, write_json
+from .core import UserError, data_dir, environment, numpy_generator, write_json
 from .phantom import simulate_cohort
 from .preprocess import ORDER, PreprocessConfig, prepare, preprocess, process, timings
 from .volumes import Volume, read_volume, write_volume
@@ -157,7 +157,7 @@ def main(argv=None):
     except UserError as e: print(f"mri_gen.preprocess_study: {e}", file=sys.stderr); return e.code
     return 0
 
-# %% ../nbs/07_preprocess_study.ipynb #c013ba74
+# %% ../nbs/07_preprocess_study.ipynb #af98dd2f
 def motion_table(rows):
     "Markdown table of the part `motion`"
     out = ["| | mean over subjects [mm] | worst subject's mean [mm] | largest distance [mm] |", "|---|---:|---:|---:|"]
@@ -194,7 +194,7 @@ def speed_text(
 ):
     "What the part `speed` says, in words"
     by = {x["what"]: x for x in r["rows"]}; one = r["rows"][0]; out = [f"{one['what'].capitalize()}: {one['cpu']:.0f} s of CPU, expected at most {most:.0f}: {'met' if one['cpu'] <= most else 'NOT met'} ({one['wall']:.0f} s by the clock, load {r['load']:.1f} on {r['cores']} cores)."]
-    out += [f"{k.removesuffix(', all voxels').capitalize()}: {x['cpu'] / by[k.removesuffix(', all voxels')]['cpu']:.0f} times faster than on all voxels." for k, x in by.items() if k.endswith(", all voxels")]
+    out += [f"{k[0].upper() + k[1:].removesuffix(', all voxels')}: {x['cpu'] / by[k.removesuffix(', all voxels')]['cpu']:.0f} times faster than on all voxels." for k, x in by.items() if k.endswith(", all voxels")]
     a, b = (next((x["wall"] for k, x in by.items() if k.startswith("cohort") and f" {n} process" in k), None) for n in (1, 2))
     return "  \n".join(out + ([f"Two processes instead of one: {a / b:.2f} times as fast."] if a and b else []))
 
