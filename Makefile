@@ -45,7 +45,7 @@ demo: $(STAMP)  ## the whole tour on simulated subjects: look at the report page
 
 # the library only: experiments (5x) and reports (9x) are run by papermill, from pytest
 test: generated  ## everything: generated files, library notebooks, pytest with the experiments
-	$(call NBTEST,900) --skip_file_re '^([_.]|[59][0-9]_)'
+	$(call NBTEST,1800) --skip_file_re '^([_.]|[59][0-9]_)'
 	$(PYTEST) tests
 
 check: generated  ## the quick subset, under 3 minutes: generated files, notebooks 00 to 06, quick tests
