@@ -42,11 +42,6 @@ class BenchConfig(Settings):
     memory: bool = Field(True, description="also peak memory, each row in a process of its own")
     sleep: bool = Field(True, description="also threads that sleep while they wait, against threads that spin, beside a busy program")
 
-    @classmethod
-    def profile(cls, name="full", **params):
-        "Settings of a profile, changed by `params`"
-        if name not in cls.PROFILES: raise UserError(f"profile {name!r}: unknown; use {', '.join(cls.PROFILES)}")
-        return cls.check(**{**cls.PROFILES[name], **params})
 
 # %% ../nbs/35_bench.ipynb #407acf58
 class Bench:

@@ -49,11 +49,6 @@ class Budget(Settings):
     train_masks: tuple[str, ...] = Field(("test", "original", "checker4", "mixed"), min_length=1, description="rows of the matrix")
     test_masks: tuple[str, ...] = Field(tuple(MASKS), min_length=1, description="columns of the matrix, and of the part masks")
 
-    @classmethod
-    def profile(cls, name="full", **params):
-        "A profile, changed by `params`"
-        if name not in cls.PROFILES: raise UserError(f"profile {name!r}: unknown; use {', '.join(cls.PROFILES)}")
-        return cls.check(**{**cls.PROFILES[name], **params})
 
 # %% ../nbs/21_inpaint_study.ipynb #32f0f61f
 def scores(
