@@ -39,7 +39,7 @@ class Budget(Settings):
     steps: int = Field(3000, ge=1, description="of each small U-Net")
     batch_size: int = Field(16, ge=1, description="slices a step; the original networks keep their 64")
     chs: tuple[int, ...] = Field((32, 64), min_length=1, description="channels per resolution of the small U-Nets")
-    methods: dict[str, int] = Field(dict(vae=3000, wgan=1200, original_unet=30, original_vae=640), description="steps of the other networks, at their own profile's size")
+    methods: dict[str, int] = Field(dict(vae=3000, wgan=400, original_unet=30, original_vae=640), description="steps of the other networks, at their own profile's size")
     toy: bool = Field(False, description="all networks at the width of the small U-Net")
     sagittal: int = 500; axial: int = 125; simulated: int = 6; precision: str = "auto"   # as in `inpaint.Config`
     scored: int = Field(0, ge=0, description="slices of each kind that are scored; 0: all")
