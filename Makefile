@@ -37,7 +37,7 @@ $(STAMP):
 	@$(PY) -m pip install -qq -c constraints.txt setuptools wheel
 	@# torch first and alone: nothing that comes later may choose another build of it
 	@$(PY) -m pip install -qq $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
-	@$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev,cluster]'
 	@touch $@
 
 demo: $(STAMP)  ## the whole tour on simulated subjects: look at the report page it names
@@ -45,11 +45,11 @@ demo: $(STAMP)  ## the whole tour on simulated subjects: look at the report page
 
 # the library only: experiments (5x) and reports (9x) are run by papermill, from pytest
 test: generated  ## everything: generated files, library notebooks, pytest with the experiments
-	$(call NBTEST,900) --skip_file_re '^([_.]|[59][0-9]_)'
+	$(call NBTEST,1800) --skip_file_re '^([_.]|[59][0-9]_)'
 	$(PYTEST) tests
 
-check: generated  ## the quick subset, under 3 minutes: generated files, notebooks 0x, quick tests
-	$(call NBTEST,150) --file_re '^0[0-9]_'
+check: generated  ## the quick subset, under 3 minutes: generated files, notebooks 00 to 06, quick tests
+	$(call NBTEST,150) --file_re '^0[0-6]_'
 	$(PYTEST) -m "not slow" tests
 
 lab: $(STAMP)  ## JupyterLab on the table of contents

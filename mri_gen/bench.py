@@ -42,11 +42,6 @@ class BenchConfig(Settings):
     memory: bool = Field(True, description="also peak memory, each row in a process of its own")
     sleep: bool = Field(True, description="also threads that sleep while they wait, against threads that spin, beside a busy program")
 
-    @classmethod
-    def profile(cls, name="full", **params):
-        "Settings of a profile, changed by `params`"
-        if name not in cls.PROFILES: raise UserError(f"profile {name!r}: unknown; use {', '.join(cls.PROFILES)}")
-        return cls.check(**{**cls.PROFILES[name], **params})
 
 # %% ../nbs/35_bench.ipynb #407acf58
 class Bench:
@@ -310,7 +305,7 @@ def measure(
                 rows=[dict(row=k, images_per_second=cfg.batch_size / spread(v)["median"], seconds=spread(v)) for k, v in times.items()],
                 ratios=[dict(name=k, **v) for k, v in out.items()], memory=memory, skipped=skipped)
 
-# %% ../nbs/35_bench.ipynb #cd25ee54
+# %% ../nbs/35_bench.ipynb #666bef2c
 def load_result(path):
     "A result of `measure` from its JSON; `UserError` for another file"
     r = read_json(path)
@@ -330,13 +325,13 @@ def conditions(r):
     m, c = r["machine"], r["config"]
     device = m["device_name"] if m["device"].startswith("cuda") else m["cpu"]
     return (f"{device}, {m['threads']} threads on {m['cores']} cores, bf16 {'in the hardware' if m['bf16'] else 'not in the hardware'}, torch {m['packages']['torch']}; "
-            f"U-Net {tuple(c['chs'])} with {r['parameters'].get('2', r['parameters'].get(2)):,} parameters, 64x64, batch {c['batch_size']}, {c['images']} images ({r['data']}); {r['minutes']:g} minutes")
+            + (f"{r['topic']}, {r['n']} {r['unit']} a call" if "topic" in r else f"U-Net {tuple(c['chs'])} with {r['parameters'].get('2', r['parameters'].get(2)):,} parameters, 64x64, batch {c['batch_size']}, {c['images']} images ({r['data']})") + f"; {r['minutes']:g} minutes")
 
 
 def text(r):
     "Rows, ratios and memory as Markdown tables"
-    out = ["| step | ms, median [quartiles] | images/s |", "|---|---:|---:|"]
-    for x in r["rows"]: s = x["seconds"]; out.append(f"| {x['row']} | {1e3 * s['median']:.1f} [{1e3 * s['q1']:.1f}, {1e3 * s['q3']:.1f}] | {x['images_per_second']:.0f} |")
+    out = [f"| {'way' if 'topic' in r else 'step'} | ms, median [quartiles] | {r.get('unit', 'images')}/s |", "|---|---:|---:|"]
+    for x in r["rows"]: s = x["seconds"]; out.append(f"| {x['row']} | {1e3 * s['median']:.1f} [{1e3 * s['q1']:.1f}, {1e3 * s['q3']:.1f}] | {x['images_per_second']:.3g} |")
     out += ["", "| ratio of times | median [quartiles] | rounds | expected |", "|---|---:|---:|---|"]
     for x in r["ratios"]: out.append(f"| {x['name']} | {x['median']:.2f} [{x['q1']:.2f}, {x['q3']:.2f}] | {x['n']} | {x['expected']}{'' if met(x) is None else ': met' if met(x) else ': NOT met'} |")
     if r["memory"]: out += ["", "| peak memory | MiB | of these, training |", "|---|---:|---:|"] + [f"| {x['row']} | {x['peak_mib']:.0f} | {x['training_mib']:.0f} |" for x in r["memory"]]
@@ -353,5 +348,5 @@ def bars(r, width=7.):
         ax.plot([x["q1"], x["q3"]], [i, i], color="black", lw=1.2)
         ax.text(max(x["median"], x["q3"]), i, f"  {x['median']:.2f}" + (f"  ({x['expected']})" if x["expected"] else ""), va="center", fontsize=8)
     ax.axvline(1, color="black", lw=.8, ls=":"); ax.margins(x=.18); ax.set_xlim(left=0)
-    ax.tick_params(labelsize=8); ax.set_xlabel("ratio of times a step: above 1, what stands behind the / is faster", fontsize=8); ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8); ax.set_xlabel("ratio of times: above 1, what stands behind the / is faster", fontsize=8); ax.spines[["top", "right"]].set_visible(False)
     return fig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'predict', 'download', 'Profile', 'Params', 'Data', 'Force', 'Device', 'Weights', 'DEMO', 'message',
-           'say_error', 'main', 'existing', 'say', 'save_array', 'download_ixi', 'simulate', 'train',
+           'say_error', 'main', 'existing', 'say', 'save_array', 'download_ixi', 'simulate', 'preprocess', 'train',
            'notebook_parameters', 'execute', 'run', 'sweep', 'publish', 'evaluate', 'report', 'predict_inpaint',
            'predict_mmgan', 'generate', 'score', 'bench', 'weights_found', 'data_found', 'doctor', 'demo_folder',
            'demo_cohort', 'demo_train', 'demo_test_slices', 'demo_inpaint', 'demo_generate', 'demo']
@@ -94,7 +94,7 @@ def download_ixi(
     from mri_gen.download import ixi
     ixi(modality, out, mirror, keep)
 
-# %% ../nbs/39_cli.ipynb #ed22f22c
+# %% ../nbs/39_cli.ipynb #3be70923
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="folder to make")],
@@ -108,7 +108,29 @@ def simulate(
     from mri_gen.phantom import simulate_cohort
     say(f"{simulate_cohort(out, subjects, seed, spacing, jobs, force)}: {subjects} subjects")
 
+# %% ../nbs/39_cli.ipynb #52d486b0
+@app.command()
+def preprocess(
+    src: Annotated[Path, typer.Argument(help="folder with volumes")],
+    out: Annotated[Path, typer.Argument(help="folder to make: registered/, transforms/, n4/, slices/, manifest.csv, qc.html")],
+    pattern: Annotated[str, typer.Option(help="where the volumes lie below SRC")] = "{subject}/{modality}.nii.gz",
+    fixed: Annotated[str, typer.Option(help="the image whose grid all get")] = "PD",
+    modality: Annotated[Optional[list[str]], typer.Option(help="may be repeated; without it: T1, T2 and PD where there are all three")] = None,
+    n4: Annotated[bool, typer.Option("--n4/--no-n4", help="also correct the receive field: slices/optimized_n4 beside slices/baseline")] = True,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="processes; without it: one per core")] = None,
+    dask: Annotated[Optional[str], typer.Option(metavar="ADDRESS", help="scheduler of a dask cluster that sees the same files, e.g. tcp://host:8786")] = None,
+    p: Params = None, force: Force = False,
+):
+    "Raw volumes to training slices: registration, N4, slices, and a page that says how it went. Killed anywhere, the same command goes on."
+    from mri_gen.core import UserError, parse_params, tell_skipped
+    from mri_gen.preprocess import preprocess as go
+    params = parse_params(p)
+    for k in ("fixed", "n4"):
+        if k in params: raise UserError(f"-p {k}: is given by its own option --{k}")
+    folder, skipped = go(existing(src, "folder"), out, pattern, modality or None, jobs, dask, force, **{"fixed": fixed, "n4": n4} | params)
+    tell_skipped(skipped, folder / "skipped.csv")
 
+# %% ../nbs/39_cli.ipynb #6d90cb14
 @app.command()
 def train(
     slug: Annotated[str, typer.Argument(help="task, e.g. inpaint")],
@@ -360,21 +382,25 @@ def score(
         for n in notes: say_error(f"note: {n}")
     print(text, end="")
 
-# %% ../nbs/39_cli.ipynb #62c2a88e
+# %% ../nbs/39_cli.ipynb #89a0ee38
 @app.command()
 def bench(
     out: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="write rows, ratios, memory and the machine to this file")] = None,
+    topic: Annotated[str, typer.Option(help="what is timed: train (our training step against a plain one), or using a task's networks: restore, generate")] = "train",
     profile: Annotated[str, typer.Option(help="size: full (under 4 minutes), smoke (seconds, says nothing about speed)")] = "full",
     p: Params = None, force: Force = False, device: Device = "auto",
 ):
-    "Our training step against a plain one, and what each choice is worth: ratios measured side by side."
+    "Ratios of times, measured side by side: our training step against a plain one, or a task's networks against other ways."
     import contextlib
     from mri_gen.bench import BenchConfig, measure, text
-    from mri_gen.core import pick_device, whole, write_json
+    from mri_gen.bench_tasks import TOPICS, measure_topic
+    from mri_gen.core import UserError, pick_device, whole, write_json
     from mri_gen.train import parse_params
+    if topic not in ("train", *TOPICS): raise UserError(f"--topic {topic}: use train, {', '.join(TOPICS)}")
     cfg, device = BenchConfig.profile(profile, **parse_params(p)), pick_device(device)
     with whole(out, force) if out else contextlib.nullcontext() as tmp:
-        result = measure(cfg, device, say=lambda s: print(s, file=sys.stderr, flush=True))
+        show = lambda s: print(s, file=sys.stderr, flush=True)
+        result = measure(cfg, device, say=show) if topic == "train" else measure_topic(TOPICS[topic], cfg, device, say=show)
         if out: write_json(tmp, result)
     say(text(result))
     if out: say(f"{out}: {len(result['rows'])} rows")
@@ -480,7 +506,7 @@ def demo_test_slices(cohort, folder):
     save_slices(folder, s, force=True)
     return s
 
-# %% ../nbs/39_cli.ipynb #72a5dc73
+# %% ../nbs/39_cli.ipynb #827f2860
 def demo_inpaint(out, run, device):
     "Restore and score the second cohort: shipped weights, the demo run, classical methods; returns (evaluation folder, lines to print)"
     import dataclasses
@@ -488,7 +514,7 @@ def demo_inpaint(out, run, device):
     from mri_gen import inpaint
     from mri_gen.checkpoint import find_weights
     from mri_gen.core import UserError, whole, write_json
-    from mri_gen.metrics import compare, summarise
+    from mri_gen.metrics import compare_all, summarise
     from mri_gen.report import save_evaluation, verdicts
     slices = demo_test_slices(out / "simulated_test", out / "simulated_slices")
     clean, known = slices.float()[:, 0], inpaint.tilted(inpaint.SIZE, inpaint.SIZE)
@@ -503,7 +529,7 @@ def demo_inpaint(out, run, device):
     mine = score(run.path, ("unet",))
     e = score(weights, inpaint.METHODS) if weights else score(None, tuple(inpaint.CLASSICAL))
     rows = rename(mine.rows) + e.rows; network = "unet" if weights else "unet_demo"
-    tests = [c | dict(data=d, cell=p) for d, p in {(r["data"], r["cell"]) for r in rows} for c in compare(rows, network, data=d, cell=p)]
+    tests = compare_all(rows, network, ("psnr", "ssim", "mae"), families=[{*inpaint.NETWORKS, "unet_demo"}])
     e = dataclasses.replace(e, rows=rows, records=summarise(rows), comparisons=tests, predictions={"unet_demo": mine.predictions["unet"]} | e.predictions)
     folder = out / "inpaint"; folder.mkdir(exist_ok=True)
     save_evaluation(folder, e, inpaint, network)

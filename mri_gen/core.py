@@ -12,6 +12,7 @@ __all__ = ['UserError', 'Skipped', 'tell_skipped', 'root', 'artifacts_dir', 'dat
 import contextlib, csv, fcntl, hashlib, json, os, platform, random, shutil, subprocess, sys
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -153,6 +154,7 @@ def write_skipped(
 class Settings(BaseModel):
     "Base of every configuration: no unknown key, checked on creation, unchangeable afterwards"
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    PROFILES: ClassVar[dict] = {}   # name -> settings that differ from the defaults
 
     @classmethod
     def check(cls, **values):
@@ -165,6 +167,12 @@ class Settings(BaseModel):
                 known = f"; known: {', '.join(cls.model_fields)}" if x["type"] == "extra_forbidden" else ""
                 parts.append(f"{key}={x['input']!r}: {x['msg']}{known}" if x["loc"] else x["msg"])
             raise UserError("parameters: " + " | ".join(parts)) from None
+
+    @classmethod
+    def profile(cls, name, **params):
+        "Settings of a profile, changed by `params`; `UserError` names what is unknown or out of bounds"
+        if name not in cls.PROFILES: raise UserError(f"profile {name!r}: unknown; use {', '.join(cls.PROFILES)}")
+        return cls.check(**{**cls.PROFILES[name], **params})
 
     def differs(self, other: dict):
         "Names of the fields whose value is not the one in `other` (a saved `model_dump(mode='json')`)"

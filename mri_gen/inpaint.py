@@ -48,7 +48,7 @@ def check_mask(
     if not m.any((-2, -1)).all(): raise UserError(f"{name}: no pixel is known{'' if m.ndim == 2 else ' in image ' + str(int(np.argmin(m.any((-2, -1)))))}; nothing to restore from")
     return m
 
-# %% ../nbs/21_inpaint.ipynb #214624b2
+# %% ../nbs/21_inpaint.ipynb #fdacb7f9
 _SLICES = dict(sagittal=500, axial=125, simulated=6)
 _LONG = dict(batch_size=16, warmup=200, log_every=100, val_every=500, save_every=250, **_SLICES)
 _ORIGINAL = dict(masks="original", loss="sum_mse", optimiser="adam", batch_size=64, warmup=0, lr_end=1., ema=0., grad_clip=0., precision="fp32", flip=0., rician=0., gain_min=1., log_every=32, val_every=160, save_every=160, **_SLICES)
@@ -60,7 +60,7 @@ class Config(TrainConfig):
     PROFILES: ClassVar[dict] = {
         "smoke": dict(steps=120, batch_size=8, chs=(16, 32), lr=2e-3, warmup=30, ema=.95, log_every=30, val_every=120, save_every=120, sagittal=24, axial=6, simulated=3),
         "demo": dict(steps=150, batch_size=16, chs=(32, 64), lr=2e-3, warmup=20, ema=.98, log_every=25, val_every=150, save_every=150, sagittal=60, axial=15, simulated=4),
-        "full": dict(_LONG, steps=11000, chs=(64, 128, 256), blocks=2, lr=1.5e-3, ema=.999),
+        "full": dict(_LONG, steps=12000, chs=(64, 128, 256), blocks=2, lr=1.5e-3, ema=.999, sagittal=800, warp_mm=3.),
         "vae": dict(_LONG, method="vae", steps=3000, chs=(48, 96), lr=2e-3, ema=.998),
         "wgan": dict(_LONG, method="wgan", steps=1200, chs=(32, 64), lr=1e-3, beta1=0., beta2=.9, weight_decay=0., ema=.995),
         "original_readme": dict(_ORIGINAL_UNET, weight_decay=.01, beta1=.85, beta2=.98),
@@ -81,6 +81,7 @@ class Config(TrainConfig):
     sagittal: int = Field(500, ge=1, description="random sagittal slices per training volume")
     axial: int = Field(125, ge=0, description="random axial slices per training volume")
     simulated: int = Field(6, ge=0, description="simulated subjects among the training data")
+    warp_mm: float = Field(0., ge=0, le=20, description="standard deviation of the random displacements that bend slices cut from volumes, so that few people stand for many [mm]")
     generated: str = Field("", description="images.npz or folder of generated images that join the training slices")
     real: bool = Field(True, description="false: train on the generated images alone")
     latent: int = Field(8, ge=1, description="vae: channels of the latent image")
@@ -101,7 +102,7 @@ def build(cfg):
     made = {"unet": lambda: Inpainter(cfg.chs, cfg.blocks, cfg.patch), "vae": lambda: VAE(cfg.chs, cfg.blocks, cfg.latent, cfg.patch), "original_unet": lambda: OriginalUNet(cfg.chs), "original_vae": OriginalVAE}
     return {cfg.method: made[cfg.method]()}
 
-# %% ../nbs/21_inpaint.ipynb #99116b96
+# %% ../nbs/21_inpaint.ipynb #e7d1641e
 def load_data(
     cfg,           # Config: how many slices of each kind, and which
     data=None,     # see `slices.sources`
@@ -109,7 +110,7 @@ def load_data(
 ):
     "Training and dev slices of `slices.training_slices`, with the generated ones that the Config names, or only those"
     if not (cfg.real or cfg.generated): raise UserError("real=false leaves nothing to train on; pass -p generated=FOLDER with it")
-    s = training_slices(cfg.sagittal, cfg.axial, cfg.simulated, data, pattern)
+    s = training_slices(cfg.sagittal, cfg.axial, cfg.simulated, data, pattern, dict(warp_mm=cfg.warp_mm) if cfg.warp_mm else {})
     if not cfg.generated: return s
     return join([s if cfg.real else s.subset(s.column("split") != "train"), generated_slices(cfg.generated)])
 
@@ -288,7 +289,7 @@ def predict(images, mask="auto", method=None, weights=None, device="auto"):
     "One call: see `Restorer`"
     return Restorer(method, weights, device).predict(images, mask)
 
-# %% ../nbs/21_inpaint.ipynb #ada1029a
+# %% ../nbs/21_inpaint.ipynb #54b847b0
 METHODS = (*CLASSICAL, "ridge", "original_unet", "vae", "wgan", "unet")
 
 
@@ -296,7 +297,7 @@ METHODS = (*CLASSICAL, "ridge", "original_unet", "vae", "wgan", "unet")
 class Evaluation:
     "Scores and the pictures behind them"
     records: list      # of `metrics.summarise`
-    comparisons: list  # of `metrics.compare`: each method against the U-Net (or the network asked for), PSNR in the holes
+    comparisons: list  # of `metrics.compare_all`: each method against the U-Net (or the network asked for), in the holes
     rows: list         # per image
     truth: SliceSet    # clean slices
     mask: np.ndarray   # (64,64) bool
@@ -317,7 +318,7 @@ def evaluate(
     pattern=None,     # where volumes lie below `data`
 ):
     "Corrupt clean slices of held-out people, restore them with every method, score where pixels were missing"
-    from mri_gen.metrics import compare, score_table, summarise
+    from mri_gen.metrics import compare_all, score_table, summarise
     used, main = _restorers(methods, weights, ridge, device)
     same = source_id(data) in {r.meta.get("source") for r in used.values() if r.method in NETWORKS}      # one of them was trained on these data: only what was held out is scored
     truth = test_slices(data, split, trained_on=source_id(data) if same else None, pattern=pattern)
@@ -328,13 +329,12 @@ def evaluate(
     for m, r in used.items():
         r.agree(known); start = time.perf_counter()
         pred[m] = fill_with(r.fill, x * known, known); timings[m] = (time.perf_counter() - start) / len(x)
-    rows, comparisons = [], []
+    rows = []
     for name, plane in dict.fromkeys(zip(truth.column("data"), truth.column("plane"))):
         idx = np.flatnonzero((truth.column("data") == name) & (truth.column("plane") == plane))
-        mine = [r for m, y in pred.items() for r in score_table(y[idx], x[idx], truth.column("subject")[idx], task="inpaint", method=m, data=str(name), split=split, cell=str(plane) or "all",
-                                                                hole=~known if known.ndim == 2 else ~known[idx])]
-        rows += mine
-        if main in pred and len(pred) > 1: comparisons += [c | dict(data=str(name), cell=str(plane) or "all") for c in compare(mine, main)]
+        rows += [r for m, y in pred.items() for r in score_table(y[idx], x[idx], truth.column("subject")[idx], task="inpaint", method=m, data=str(name), split=split, cell=str(plane) or "all",
+                                                                 hole=~known if known.ndim == 2 else ~known[idx])]
+    comparisons = compare_all(rows, main, ("psnr", "ssim", "mae"), families=[NETWORKS]) if main in pred else []
     return Evaluation(summarise(rows), comparisons, rows, truth, known, pred, truth.skipped, timings)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_METRICS', 'SET_METRICS', 'METRICS', 'KEYS', 'FIELDS', 'score_table', 'pick', 'subject_means', 'bootstrap',
-           'summarise', 'holm', 'compare', 'save_metrics', 'load_metrics', 'heading', 'caption', 'table_cells', 'tex',
-           'render', 'table', 'worst']
+           'summarise', 'holm', 'compare', 'compare_all', 'save_metrics', 'load_metrics', 'heading', 'caption',
+           'table_cells', 'tex', 'render', 'table', 'worst']
 
 # %% ../nbs/02_metrics.ipynb #98af891b
 import json
@@ -96,7 +96,7 @@ def summarise(
         out.append(dict(zip(KEYS, key)) | dict(mean=float(np.mean(v)) if v else None, lo=lo, hi=hi, n_subjects=len(v), n_images=sum(np.isfinite(r["value"]) for r in g)))
     return [r | {"n_images": int(r["n_images"])} for r in out]
 
-# %% ../nbs/02_metrics.ipynb #5bd57d31
+# %% ../nbs/02_metrics.ipynb #a5c4a062
 def holm(p):
     "Holm's step-down correction (Holm 1979) of a list of p values"
     p = np.asarray(p, float); order = np.argsort(p)
@@ -115,7 +115,7 @@ def compare(
     seed=0,
     **equals,          # data=..., split=..., cell=... where rows hold several
 ):
-    "[{method, reference, diff, lo, hi, p, p_holm, n_subjects, note}]: mean paired difference to the reference, its interval, Wilcoxon and Holm"
+    "[{method, reference, metric, diff, lo, hi, p, p_holm, n_subjects, note}]: mean paired difference to the reference, its interval, Wilcoxon and Holm"
     from scipy import stats
     if convention is None and metric == "ssim": convention = "uniform7"
     rows = pick(rows, metric=metric, region=region, **({"convention": convention} if convention else {}), **equals)
@@ -133,8 +133,25 @@ def compare(
         d = np.array([got[s] - ref[s] for s in common]); n = len(d); lo, hi = bootstrap(d, seed=seed)
         p = float(stats.wilcoxon(d).pvalue) if n and np.any(d) else 1.
         note = f"{n} subjects: p cannot fall below {2 / 2**n:.3g}, so .05 is not attainable" if 0 < n < 6 else ""
-        out.append(dict(method=m, reference=reference_method, diff=float(d.mean()) if n else None, lo=lo, hi=hi, p=p, n_subjects=n, note=note))
+        out.append(dict(method=m, reference=reference_method, metric=metric, diff=float(d.mean()) if n else None, lo=lo, hi=hi, p=p, n_subjects=n, note=note))
     return [r | {"p_holm": h} for r, h in zip(out, holm([r["p"] for r in out]))]
+
+
+def compare_all(
+    rows,             # from score_table, all methods, any number of data sets and cells
+    reference,        # method that the others are compared with
+    metrics=("psnr",),
+    families=(),      # sets of methods that are corrected together; those in none are a family of their own
+    region="hole",
+):
+    "`compare` in every data set and cell: [its dicts with data and cell]. Holm's correction counts within one metric and family"
+    out, named = [], {m for f in families for m in f} - {reference}
+    for data, cell in dict.fromkeys((r["data"], r["cell"]) for r in rows):
+        here = pick(rows, data=data, cell=cell)
+        for family in [lambda m, f=f: m in f for f in families] + [lambda m: m not in named]:
+            mine = [r for r in here if r["method"] == reference or family(r["method"])]
+            if len({r["method"] for r in mine}) > 1: out += [c | dict(data=data, cell=cell) for metric in metrics for c in compare(mine, reference, metric, region)]
+    return out
 
 # %% ../nbs/02_metrics.ipynb #83b147c2
 def save_metrics(path, records):

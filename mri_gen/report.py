@@ -6,8 +6,8 @@
 __all__ = ['ROW', 'STYLE', 'SCRIPT', 'INTRO', 'main_region', 'main_metrics', 'kinds', 'stem', 'write_image_rows',
            'read_image_rows', 'worst_figure', 'save_evaluation', 'counts', 'number', 'verdicts', 'training_text',
            'model_card', 'put_back', 'run_folder', 'publish', 'studies_of', 'keep_study', 'keep_training', 'picture',
-           'scroll', 'pairs', 'fold', 'describe', 'results', 'worst_subjects', 'how', 'section', 'study_html',
-           'figures_of', 'caption_of', 'curves_html', 'report']
+           'scroll', 'pairs', 'fold', 'describe', 'results', 'test_table', 'worst_subjects', 'how', 'section',
+           'study_html', 'figures_of', 'caption_of', 'curves_html', 'report']
 
 # %% ../nbs/30_report.ipynb #d5cbcae1
 import base64, csv, datetime, json, os, re, shutil
@@ -107,7 +107,7 @@ def save_evaluation(
             if fig is not None: (tmp / f"{stem(name)}.png").write_bytes(png_bytes(fig, 110, 256))
     return records
 
-# %% ../nbs/30_report.ipynb #fbf3c53a
+# %% ../nbs/30_report.ipynb #6b99ed43
 def counts(
     data,  # SliceSet
 ):
@@ -138,7 +138,7 @@ def verdicts(
         best = max(rest, key=lambda r: r["mean"])
         ci = lambda r: f" [{number(r['lo'])}, {number(r['hi'])}]" if r["lo"] is not None else ""
         text = f"{data} ({split}, {cell}; {own['n_subjects']} subjects, {own['n_images']} images), PSNR in region {region}: {network} {number(own['mean'])} dB{ci(own)}, best other method {best['method']} {number(best['mean'])} dB{ci(best)}"
-        c = next((c for c in comparisons if c["method"] == best["method"] and c.get("data", data) == data and c.get("cell", cell) == cell and c["reference"] == network), None)
+        c = next((c for c in comparisons if c["method"] == best["method"] and c.get("data", data) == data and c.get("cell", cell) == cell and c["reference"] == network and c.get("metric", "psnr") == "psnr"), None)
         if c and c["diff"] is not None:
             text += f"; paired difference {number(-c['diff'], 2, True)} dB" + (f" [{number(-c['hi'], 2, True)}, {number(-c['lo'], 2, True)}]" if c["lo"] is not None else "")
             text += f", Wilcoxon p = {c['p_holm']:.2g} after Holm's correction" + (f" ({c['note']})" if c.get("note") else "")
@@ -332,7 +332,7 @@ def describe(env):
     flat = {k: v for k, v in env.items() if k != "packages"} | {k: v for k, v in env.get("packages", {}).items() if v}
     return {k: v for k, v in flat.items() if v not in (None, "")}
 
-# %% ../nbs/30_report.ipynb #0027e652
+# %% ../nbs/30_report.ipynb #d1dad0d7
 def results(folder, records, comparisons, network):
     "Tables and pictures of one folder, one block for each kind of data: main region first, the rest folded"
     region, out = main_region(records), []
@@ -345,12 +345,20 @@ def results(folder, records, comparisons, network):
         out += [picture(p, caption_of(p.stem)) for p in drawings if p.stem.endswith("_" + stem(kind[0], kind[2])) and not p.stem.startswith("worst_")]
         out.append(fold("all metrics, regions and both SSIM conventions", "".join(scroll(table(mine, "html", ssim="both", region=r)) for r in dict.fromkeys(x["region"] for x in mine))))
         tests = [c for c in comparisons if (c.get("data", kind[0]), c.get("cell", kind[2])) == (kind[0], kind[2])]
-        rows = [(c["method"], number(c["diff"], 2, True), f"[{number(c['lo'], 2, True)}, {number(c['hi'], 2, True)}]" if c["lo"] is not None else "", f"{c['p']:.2g}", f"{c['p_holm']:.2g}", str(c["n_subjects"])) for c in tests]
-        if rows: out.append(fold(f"paired tests against {tests[0]['reference']}", scroll('<table class="metrics"><caption>PSNR in region ' + escape(region) + ": method minus reference, mean over subjects [95 % bootstrap interval]; Wilcoxon signed-rank test over subjects, Holm's correction."
-            + escape(" " + " ".join(sorted({c.get("note") or "" for c in tests})).strip()) + "</caption><thead><tr><th>method</th><th>difference [dB]</th><th>p</th><th>p, Holm</th><th>subjects</th></tr></thead><tbody>"
-            + "".join(f"<tr><th>{escape(m)}</th><td>{a} <small>{i}</small></td><td>{p}</td><td>{h}</td><td>{n}</td></tr>" for m, a, i, p, h, n in rows) + "</tbody></table>")))
+        if tests: out.append(fold(f"paired tests against {tests[0]['reference']}", test_table(tests, region)))
         out.append(worst_subjects(folder, kind, network, region))
     return "".join(out)
+
+
+def test_table(tests, region):
+    "Paired tests of `metrics.compare_all` as an HTML table, a row for each method and metric"
+    def line(c):
+        heading, unit, _, digits = METRICS[c.get("metric", "psnr")]
+        interval = f" <small>[{number(c['lo'], digits, True)}, {number(c['hi'], digits, True)}]</small>" if c["lo"] is not None else ""
+        return f"<tr><th>{escape(c['method'])}</th><td>{heading}{f' [{unit}]' if unit else ''}</td><td>{number(c['diff'], digits, True)}{interval}</td><td>{c['p']:.2g}</td><td>{c['p_holm']:.2g}</td><td>{c['n_subjects']}</td></tr>"
+    notes = " ".join(sorted({c.get("note") or "" for c in tests})).strip()
+    return scroll(f'<table class="metrics"><caption>Region {escape(region)}: method minus reference, mean over subjects [95 % bootstrap interval]; Wilcoxon signed-rank test over subjects; Holm\'s correction within a metric, networks and all other methods each on their own. {escape(notes)}</caption>'
+                  "<thead><tr><th>method</th><th>metric</th><th>difference</th><th>p</th><th>p, Holm</th><th>subjects</th></tr></thead><tbody>" + "".join(map(line, tests)) + "</tbody></table>")
 
 
 def worst_subjects(folder, kind, network, region, n=5):

@@ -105,12 +105,13 @@ def simulated_slices(
     t1 = lambda i: nib.Nifti1Image(*simulate_subject(i + 1, seed)["images"]["T1"])
     return head_slices(((s, sites[i], t1(i)) for i, s in enumerate(names) if splits[s] == split), split, n, "simulated", cut)
 
-# %% ../nbs/17_slices.ipynb #f6dfe47e
+# %% ../nbs/17_slices.ipynb #c7fad41c
 def join(sets):
     "Several slice sets as one"
     sets = [s for s in sets if s is not None and len(s)]
     if not sets: raise UserError("no slices for this split; check --data and --split")
-    return SliceSet(np.concatenate([s.images for s in sets]), [r for s in sets for r in s.table], [r for s in sets for r in s.skipped])
+    images = [s.images for s in sets] if len({s.images.dtype for s in sets}) == 1 else [s.float() for s in sets]      # uint8 counts to 255, float to 1
+    return SliceSet(np.concatenate(images), [r for s in sets for r in s.table], [r for s in sets for r in s.skipped])
 
 
 def with_splits(s):

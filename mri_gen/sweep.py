@@ -178,7 +178,7 @@ def suggest(study, trial):
         out |= named(key, v)
     return out
 
-# %% ../nbs/33_sweep.ipynb #2641933a
+# %% ../nbs/33_sweep.ipynb #4ab034a1
 BEAT, DEAD = 60, 600   # seconds between heartbeats; without one for so long, a trial of another folder is free
 
 
@@ -203,7 +203,9 @@ def claim(
         for t in trials[:study.trials]:
             beat = time.time() - t.user_attrs.get("beat", 0)
             if t.state.is_finished() or (t.user_attrs.get("place", place) != place and beat < DEAD): continue
-            if lock := _hold(folder / f"trial-{t.number:04d}" / "claim"): break
+            if not (lock := _hold(folder / f"trial-{t.number:04d}" / "claim")): continue
+            try: found._storage.set_trial_user_attr(t._trial_id, "place", place); break
+            except optuna.exceptions.UpdateFinishedTrialError: lock.close()        # its process told the result after the list was read
         else:
             if len(trials) >= study.trials: return None
             found.sampler = sampler(study, len(trials))
@@ -211,8 +213,7 @@ def claim(
             if t.number >= study.trials: return None                 # another machine was faster; should `trials` be raised, this one is free
             return t, _hold(folder / f"trial-{t.number:04d}" / "claim")
         found.sampler = sampler(study, t.number)
-        t = optuna.trial.Trial(found, t._trial_id); t.set_user_attr("place", place)
-        return t, lock
+        return optuna.trial.Trial(found, t._trial_id), lock
 
 # %% ../nbs/33_sweep.ipynb #8fae9a35
 @contextlib.contextmanager

@@ -44,12 +44,6 @@ class TrainConfig(Settings):
     val_every: int = Field(500, ge=1, description="steps between validations")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
 
-    @classmethod
-    def profile(cls, name="smoke", **params):
-        "Settings of a profile, changed by `params`; `UserError` names what is unknown or out of bounds"
-        if name not in cls.PROFILES: raise UserError(f"profile {name!r}: unknown; use {', '.join(cls.PROFILES)}")
-        return cls.check(**{**cls.PROFILES[name], **params})
-
 
 def lr_factor(
     step,  # 0-based

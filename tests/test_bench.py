@@ -44,6 +44,18 @@ def test_command(go, tmp_path):
 
 
 @pytest.mark.slow
+def test_topics(go, tmp_path):
+    "Where no weights are shipped, the rows of networks are named as not measured"
+    out = tmp_path / "restore.json"
+    run = go("mri_gen.cli", "bench", "--topic", "restore", "--profile", "smoke", "--device", "cpu", "--out", out)
+    assert run.returncode == 0 and "biharmonic, one by one / all at once" in run.stdout and "unet: not measured" in run.stdout, run.stderr
+    r = json.loads(out.read_text())
+    assert {"biharmonic", "biharmonic, one by one"} <= {x["row"] for x in r["rows"]} and {"unet", "ridge"} <= set(r["skipped"]) and r["unit"] == "images"
+    run = go("mri_gen.cli", "bench", "--topic", "cooking")
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1) and "train, restore, generate" in run.stderr
+
+
+@pytest.mark.slow
 def test_notebook_measures_at_smoke_scale(go, tmp_path):
     before = NB.read_bytes()
     run = papermill(go, tmp_path / "run.ipynb", "-p", "out", tmp_path / "new.json")

@@ -158,6 +158,15 @@ def test_two_processes_share_the_work(tmp_path, undisturbed):
     assert result(tmp_path / "search") == undisturbed
 
 
+def test_a_result_told_between_the_look_and_the_claim(tmp_path, monkeypatch):
+    "The list of trials is a moment old: one that has finished since is passed over"
+    study = sweep.read_study(written(tmp_path, trials=2)); folder = sweep.study_folder(study); folder.mkdir(); found = sweep.open_study(study, folder)
+    trial, lock = sweep.claim(study, found, folder); before = found.get_trials()
+    sweep._tell(found, trial, 1., ""); lock.close()
+    monkeypatch.setattr(found, "get_trials", lambda deepcopy: before)
+    assert sweep.claim(study, found, folder)[0].number == 1
+
+
 def test_machines_that_share_only_the_database(tmp_path, undisturbed):
     "What another folder works at is left alone while its heart beats, and taken up when it has stopped"
     import optuna
