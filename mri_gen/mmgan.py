@@ -7,7 +7,7 @@ __all__ = ['CHUNK', 'NETWORKS', 'METHODS', 'RULES', 'CARD', 'Config', 'build', '
            'adversarial', 'checks', 'job', 'Completer', 'pretrained', 'predict', 'Evaluation', 'evaluate', 'companions',
            'pictures']
 
-# %% ../nbs/22_mmgan.ipynb #a5d38d6d
+# %% ../nbs/22_mmgan.ipynb #eea95495
 import time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from .datasets import SliceSet, check_array, read_array
 from .imputers import CELLS, CONDITIONS, CURRICULA, MODALITIES, SCENARIOS, Imputer, OriginalGenerator, PatchGAN, accuracy, condition, draw_scenarios, first_scenario, lsgan_d, lsgan_g, missing_loss, parse_available, place, scenario_name, spread_loss
 from .slices import fingerprint
 from .train import Job, TrainConfig, adamw, source_id
-from .triples import load_triples
+from .triples import a_few, load_triples
 
 # %% ../nbs/22_mmgan.ipynb #a5f8cba2
 _LONG = dict(batch_size=24, chs=(64, 128, 256), blocks=1, patch=4, lr=3e-3, warmup=200, ema=.998, crop=(80, 80), channels_last=True, log_every=100, val_every=500, save_every=250)
@@ -126,7 +126,7 @@ def adversarial(loop, cfg, x, m, where):
     loop.update(cfg.method, cfg.pixel * pixel + cfg.adversarial * g)
     return {"loss": pixel, "g": g, "d": d, "d_accuracy": accuracy(real, fake, m)}
 
-# %% ../nbs/22_mmgan.ipynb #b0dc740b
+# %% ../nbs/22_mmgan.ipynb #342ca4f9
 def checks(net, x):
     "{figure: value} of a validation: PSNR of clipped answers, mean over the missing channels of each scenario, and over scenarios"
     out = {}
@@ -143,8 +143,8 @@ def job(
     device="cpu",
 ):
     "What the training loop needs"
-    train, dev = DeviceData(data.subset(split="train"), device), DeviceData(data.subset(split="dev"), device)
-    some = dev.batch(np.unique(np.linspace(0, len(dev) - 1, cfg.val_images).round().astype(int)))
+    train, some = DeviceData(data.subset(split="train"), device), DeviceData(a_few(data.subset(split="dev"), cfg.val_images), device)
+    some = some.batch(np.arange(len(some)))
     if cfg.method == "original" and cfg.spread: raise UserError("spread: the original network has no spread; use -p spread=0")
     nets = build(cfg); net = nets[cfg.method]
     if cfg.method != "original": net.fit_tables(data.subset(split="train").images)
@@ -277,7 +277,7 @@ def predict(images=None, available=None, weights=None, device="auto", **modaliti
     "One call: see `Completer.predict`"
     return Completer(weights, device).predict(images, available, **modalities)
 
-# %% ../nbs/22_mmgan.ipynb #154daf9e
+# %% ../nbs/22_mmgan.ipynb #444e543f
 METHODS = ("zero", "mean", "lookup", "trees", "original", "gan", "unet")
 RULES = METHODS[:4]
 
@@ -300,7 +300,7 @@ def evaluate(
     split="val",      # "dev" for choices, "val" for reports
     weights=None,     # of one network, see `find_weights`; the others are the shipped ones
     methods=METHODS,  # in the order of the table; those without weights are left out
-    limit=None,       # at most so many slices, evenly spread
+    limit=None,       # at most so many slices, drawn
     device="auto",
     pattern=None,     # where volumes lie below `data`
     rules=None,       # fitted `PixelRules`; None: the shipped ones
@@ -311,7 +311,7 @@ def evaluate(
     used, main, rules = _methods(methods, weights, rules, device)
     same = source_id(data) in {r.meta.get("source") for r in used.values() if r is not None}
     truth = load_triples(data, pattern, per_volume=12, simulated=10, splits=(split,), strangers=None if same else split, seed=1)
-    if limit: truth = truth.subset(np.unique(np.linspace(0, len(truth) - 1, limit).round().astype(int)))
+    truth = a_few(truth, limit)
     x, subjects = truth.float(), truth.column("subject"); name = str(truth.column("data")[0])
     shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), 6) + 2).round().astype(int)[1:-1]); rows, examples, timings = [], {}, {}
     for k, net in used.items():

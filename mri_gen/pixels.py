@@ -59,8 +59,8 @@ def fit_mean(x):
     "Mean training slice, (C,H,W) float32"
     return np.mean([x[i:i + 64].mean(0, dtype=np.float64) / (255 if x.dtype == np.uint8 else 1) * len(x[i:i + 64]) for i in range(0, len(x), 64)], 0).astype(np.float32) * len(range(0, len(x), 64)) / len(x)
 
-# %% ../nbs/15_pixels.ipynb #21340fb8
-WIDTHS = (1., 2., 4., 8.)
+# %% ../nbs/15_pixels.ipynb #9a2c0db4
+WIDTHS = (1., 2., 4., 8., 16., 32.)   # pixels
 
 
 def pixel_features(
@@ -72,7 +72,8 @@ def pixel_features(
     n, _, h, w = x.shape; out = []
     for c in available:
         means = [x[:, c:c + 1]] + [blur(x[:, c:c + 1], s) for s in WIDTHS]
-        out += means + [a - b for a, b in zip(means, means[1:])] + [x[:, c:c + 1].mean((2, 3), True).expand(-1, 1, h, w)]
+        told = [torch.stack([(v > .1).float().mean(), *torch.quantile(v[v > .1] if (v > .1).any() else v.flatten(), torch.tensor([.1, .5, .9, .99]))]) for v in x[:, c]]
+        out += means + [a - b for a, b in zip(means, means[1:])] + [torch.stack(told)[:, :, None, None].expand(-1, -1, h, w)]
     place = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
     out += [p.expand(n, 1, h, w) for p in (place[0].abs(), place[1])]                            # left and right look alike
     return torch.cat(out, 1).permute(0, 2, 3, 1).numpy()
