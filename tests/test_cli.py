@@ -1,5 +1,5 @@
 "The command line: what each command leaves, and one clear line for everything that can be wrong with what it is given"
-import json, os, pickle, re, shutil, subprocess, sys, time
+import json, os, pickle, re, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
