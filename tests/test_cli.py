@@ -455,8 +455,8 @@ def test_demo_leaves_a_strange_folder_alone(wrong, tmp_path):
 @pytest.mark.slow
 def test_demo_twice(call, place, tmp_path, monkeypatch):
     "The whole tour, smaller; a second call refreshes it and simulates and trains nothing"
-    from mri_gen import cli, generate, inpaint
-    monkeypatch.setattr(cli, "DEMO", dict(seed=2026, train=3, test=1, spacing=4.0))
+    from mri_gen import demo, generate, inpaint
+    monkeypatch.setattr(demo, "DEMO", dict(seed=2026, train=3, test=1, spacing=4.0))
     for task in (inpaint, generate): monkeypatch.setitem(task.Config.PROFILES["demo"], "steps", 5)
     for time in (1, 2):
         code, out, err = call("demo", "--out", tmp_path / "demo", "--device", "cpu")
