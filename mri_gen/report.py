@@ -429,7 +429,7 @@ def study_html(folder):
     known = [r for r in records if r["metric"] in METRICS]
     cost = lambda part: pairs({r["method"]: r["budget"] for r in known if r["part"] == part and r["budget"]})
     return "".join(["<h3>Side experiments, at the size that each states</h3>" if records else "", *(picture(p, p.stem.removeprefix("study_").replace("_", ", ")) for p in studies_of(folder)),
-                    *(fold(f"{part}: numbers", scroll(table(pick(known, part=part), "html", ["psnr", "ssim", "mae"])) + cost(part)) for part in dict.fromkeys(r["part"] for r in known))])
+                    *(fold(f"{part}: numbers", scroll(table(pick(known, part=part), "html", main_metrics(pick(known, part=part)))) + cost(part)) for part in dict.fromkeys(r["part"] for r in known))])
 
 
 def figures_of(folder):
