@@ -290,7 +290,7 @@ def predict(images, mask="auto", method=None, weights=None, device="auto"):
     return Restorer(method, weights, device).predict(images, mask)
 
 # %% ../nbs/21_inpaint.ipynb #54b847b0
-METHODS = (*CLASSICAL, "ridge", "original_unet", "vae", "wgan", "unet")
+METHODS = (*CLASSICAL, "ridge", "original_vae", "original_unet", "vae", "wgan", "unet")
 
 
 @dataclass
