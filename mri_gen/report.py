@@ -176,7 +176,7 @@ def model_card(
              *(["Blur raises PSNR: the gradient ratio (gradient energy over the truth's; 1 is right, less is blurred) and LSD (distance of the spectra at 0.25 to 0.5 cycles a pixel) stand beside it.", ""] if "psnr" in show else []),
              "## Training", "", *(line for m, n in networks.items() for line in (training_text(m, n), "")), "Curves: `training.png`, `training.csv`" + (", and the same with the name of the network." if len(networks) > 1 else "."), "",
              "| setting | " + " | ".join(networks if len(networks) > 1 else ["value"]) + " |", "|---" * (1 + len(networks)) + "|", *(f"| {k} | " + " | ".join(str(n["config"].get(k, "–")) for n in networks.values()) + " |" for k in keys), "",
-             *(["## Side experiments", "", "Each at the size that `study.json` states beside its numbers.", "", *(f"![{p.stem}]({p.name})" for p in side), ""] if (side := studies_of(files[network].parent)) else []), "## Limits", "", card["limits"], "", "## Files", "", "| method | file | size |", "|---|---|---|", *(f"| {m} | `{p.name}` | {p.stat().st_size / 1024:.0f} KiB |" for m, p in files.items()), ""]
+             *(["## Side experiments", "", "Each at the size that `study.json` states beside its numbers" + ("; in words: [study.md](study.md)." if (files[network].parent / "study.md").exists() else "."), "", *(f"![{p.stem}]({p.name})" for p in side), ""] if (side := studies_of(files[network].parent)) else []), "## Limits", "", card["limits"], "", "## Files", "", "| method | file | size |", "|---|---|---|", *(f"| {m} | `{p.name}` | {p.stat().st_size / 1024:.0f} KiB |" for m, p in files.items()), ""]
     return "\n".join(lines)
 
 # %% ../nbs/30_report.ipynb #e557daf8
@@ -251,10 +251,10 @@ def studies_of(folder): return sorted([*Path(folder).glob("study_*.png"), *Path(
 
 
 def keep_study(folder, run):
-    "Side experiments that lie in the run (`study.json`, `study/*.png`) replace those of the folder"
+    "Side experiments that lie in the run (`study.json`, `study.md`, `study/*.png`) replace those of the folder"
     if not (run / "study.json").exists(): return
-    for p in studies_of(folder): p.unlink()
-    for p, name in [(run / "study.json", "study.json"), *((p, f"study_{p.name}") for p in studies_of(run))]: shutil.copyfile(p, folder / name)
+    for p in [*studies_of(folder), folder / "study.md"]: p.unlink(missing_ok=True)
+    for p, name in [*((run / n, n) for n in ("study.json", "study.md") if (run / n).exists()), *((p, f"study_{p.name}") for p in studies_of(run))]: shutil.copyfile(p, folder / name)
 
 
 def keep_training(folder, run, suffix):
@@ -429,7 +429,7 @@ def study_html(folder):
     known = [r for r in records if r["metric"] in METRICS]
     cost = lambda part: pairs({r["method"]: r["budget"] for r in known if r["part"] == part and r["budget"]})
     return "".join(["<h3>Side experiments, at the size that each states</h3>" if records else "", *(picture(p, p.stem.removeprefix("study_").replace("_", ", ")) for p in studies_of(folder)),
-                    *(fold(f"{part}: numbers", scroll(table(pick(known, part=part), "html", ["psnr", "ssim", "mae"])) + cost(part)) for part in dict.fromkeys(r["part"] for r in known))])
+                    *(fold(f"{part}: numbers", scroll(table(pick(known, part=part), "html", main_metrics(pick(known, part=part)))) + cost(part)) for part in dict.fromkeys(r["part"] for r in known))])
 
 
 def figures_of(folder):
