@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['PARTS', 'SPOILED', 'CONTRAST', 'DIAMETERS', 'TISSUE_NAMES', 'LEVELS', 'VARIANTS', 'RUN', 'Budget', 'Study', 'save',
            'shaded', 'noisy', 'moved', 'robust', 'discs', 'lesion', 'tissue_classifier', 'dice', 'simulated_head',
-           'positions', 'honest', 'calibration', 'table_rows', 'variants', 'sites', 'main']
+           'positions', 'honest', 'calibration', 'table_rows', 'variants', 'without', 'relit', 'biased_head',
+           'biased_cohort', 'Relit', 'plane_field', 'mean_psnr', 'plane_evidence', 'n4_sets', 'n4_words', 'n4', 'sites',
+           'main']
 
-# %% ../nbs/22_mmgan_study.ipynb #6995f96d
+# %% ../nbs/22_mmgan_study.ipynb #0523d04b
 import argparse, sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,23 +21,24 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from . import mmgan
-from .core import RunFolder, Settings, UserError, generator, numpy_generator, parse_params, pick_device, read_rows, source_id
+from .core import RunFolder, Settings, UserError, generator, numpy_generator, parse_params, pick_device, read_rows, source_id, whole
 from .corrupt import rician
-from .experiment import Part, budget_words, save_part
+from .datasets import SliceSet
+from .experiment import Part, budget_words, save_part, says
 from .imputers import CELLS, MODALITIES, SCENARIOS, scenario_name
-from .metrics import compare, pick, score_table, summarise
+from .metrics import compare_all, pick, score_table, summarise
 from .train import fit
 from .triples import a_few, load_triples, onto
 
-# %% ../nbs/22_mmgan_study.ipynb #3078bbb7
-PARTS = ("robust", "lesion", "positions", "calibration", "variants", "sites")
+# %% ../nbs/22_mmgan_study.ipynb #40be18c1
+PARTS = ("robust", "lesion", "positions", "calibration", "variants", "sites", "n4")
 
 
 class Budget(Settings):
     "What a variant may cost, and how much is scored"
     PROFILES: ClassVar[dict] = {
-        "smoke": dict(steps=4, original_steps=1, scored=3, heads=1, spacing=4., toy=True),
-        "demo": dict(steps=60, original_steps=4, scored=9, heads=2, spacing=3.),
+        "smoke": dict(steps=4, original_steps=1, scored=3, heads=1, spacing=4., toy=True, n4_train=2, n4_test=1, n4_slices=6, n4_spacing=3.3),
+        "demo": dict(steps=60, original_steps=4, scored=9, heads=2, spacing=3., n4_train=4, n4_test=2, n4_spacing=3.),
         "full": {},
     }
     steps: int = Field(1200, ge=1, description="of each small network")
@@ -45,6 +48,10 @@ class Budget(Settings):
     scored: int = Field(42, ge=1, description="slices that are scored")
     heads: int = Field(3, ge=1, description="simulated heads")
     spacing: float = Field(2., ge=1, le=8, description="of their voxels in mm")
+    n4_train: int = Field(10, ge=2, description="simulated people to train on, with and without N4, half of `steps` each; the last of them is dev")
+    n4_test: int = Field(8, ge=1, description="others to score on; 6 or more, or no paired test can reach p < .05")
+    n4_slices: int = Field(15, ge=3, description="slices of each of them to train on; a third as many are scored")
+    n4_spacing: float = Field(2.5, ge=1, le=8, description="of their voxels in mm")
     precision: str = "auto"
 
 
@@ -68,14 +75,16 @@ class Study:
         s = self.held if self.held is not None else load_triples(self.data, per_volume=12, simulated=10, splits=(self.split,), seed=1)
         return a_few(s, self.budget.scored)
 
-    def train(self, name, profile, adapt=lambda s: s, **params):
-        "A variant of a profile, trained unless it is done -> Completer that also knows its run"
-        b = self.budget; steps = b.original_steps if profile.startswith("original") else b.steps; base = mmgan.Config.profile(profile)
+    def train(self, name, profile, adapt=lambda s: s, slices=None, **params):
+        "A variant of a profile, trained unless it is done, on the study's data or on `slices` -> Completer that also knows its run"
+        b = self.budget; steps = params.pop("steps", b.original_steps if profile.startswith("original") else b.steps); base = mmgan.Config.profile(profile)
         size = dict(d_chs=(8, 16), **({} if profile.startswith("original") else dict(chs=(8, 16), patch=8))) if b.toy else {} if profile.startswith("original") else dict(chs=b.chs)
         cfg = mmgan.Config.profile(profile, **dict(steps=steps, warmup=min(base.warmup, steps // 10), ema=min(base.ema, max(0, 1 - 10 / steps)), log_every=max(1, steps // 20), val_every=steps, save_every=max(1, steps // 4), precision=b.precision if base.precision == "auto" else base.precision, per_volume=6 if b.toy else base.per_volume, simulated=4 if b.toy else base.simulated, val_images=3 if b.toy else base.val_images) | size | params)
         def job():
             if not self.quiet: print(f"{name}: {steps} steps of {cfg.batch_size}", flush=True)
-            made = mmgan.job(cfg, adapt(mmgan.load_data(cfg, self.data)), pick_device(self.device)); made.meta["source"] = source_id(self.data); return made
+            made = mmgan.job(cfg, adapt(mmgan.load_data(cfg, self.data)) if slices is None else slices, pick_device(self.device))
+            if slices is None: made.meta["source"] = source_id(self.data)
+            return made
         run = RunFolder(self.out / "study" / name); fit(job, cfg, run, self.device, quiet=self.quiet)
         net = mmgan.Completer(run.path, self.device); net.run = run.path
         return net
@@ -86,7 +95,7 @@ def save(study, part, found, nets):
     steps = lambda c: c.meta["config"] | ({"steps": c.meta["step"]} if "step" in c.meta else {})
     return save_part(study.out, part, found, {k: budget_words(steps(c), c.net) for k, c in nets.items()}, PARTS)
 
-# %% ../nbs/22_mmgan_study.ipynb #37250510
+# %% ../nbs/22_mmgan_study.ipynb #88f5f961
 def shaded(x, depth, seed=0):
     "Times a smooth field between 1 - depth and 1 + depth, the same for every slice, another for each channel"
     f = F.interpolate(torch.rand(1, 3, 3, 3, generator=generator("shade", seed)) * 2 - 1, x.shape[2:], mode="bicubic", align_corners=True).clamp(-1, 1)
@@ -116,9 +125,9 @@ def robust(study):
             y = back(study.net.complete(np.ascontiguousarray(spoil(x, s)), s))
             for c in range(3):
                 if not s[c]: rows += [r | {"cell": f"{scenario_name(s)}->{MODALITIES[c]}", "method": k} for r in score_table(y[:, c], x[:, c], subjects, task="mmgan", method=k, data=data, split=study.split) if r["region"] == "whole" and r["metric"] in ("psnr", "ssim", "psnr_gain")]
-    rows = [r for r in overall(rows, t.table) if r["cell"] == "all"]; records = summarise(rows); tests = compare(rows, "as it is", region="whole", cell="all") if len(t) > 1 else []
+    rows = [r for r in overall(rows, t.table) if r["cell"] == "all"]; records = summarise(rows)
     psnr = {r["method"]: r["mean"] for r in pick(records, metric="psnr")}
-    return save(study, "robust", Part(records, [c | dict(data=data, cell="all", metric="psnr") for c in tests], [f"{k}: {v:.2f} dB ({v - psnr['as it is']:+.2f})" for k, v in psnr.items()], {}), {k: study.net for k in SPOILED})
+    return save(study, "robust", Part(records, compare_all(rows, "as it is", region="whole"), [f"{k}: {v:.2f} dB ({v - psnr['as it is']:+.2f})" for k, v in psnr.items()], {}), {k: study.net for k in SPOILED})
 
 # %% ../nbs/22_mmgan_study.ipynb #167e8b66
 CONTRAST = {"T1": -.15, "T2": .2, "PD": .12}
@@ -264,7 +273,7 @@ def calibration(study):
     said = [f"{c}: spread over error {h['ratio']:.2f}, rank correlation {h['rank']:.2f}; the interval of 90 % holds {h['coverage'][.9]:.0%} of the head's pixels." for c, h in curves.items()]
     return save(study, "calibration", Part(summarise(rows), [], said, {"calibration": fig, "calibration_spread": grid(shown, row_labels=["from two"] * len(shown), col_labels=["truth", "imputed", "|error| x4", "spread x4"], limits=(0, 1))}), {"this network": study.net})
 
-# %% ../nbs/22_mmgan_study.ipynb #f94e4e61
+# %% ../nbs/22_mmgan_study.ipynb #6d3c3ea2
 VARIANTS = {"regression, PSNR": ("full", {}), "regression, L1": ("full", dict(loss="l1", spread=0.)), "gan": ("gan", {}), "gan, sees the truth": ("gan", dict(condition="truth", per_channel=False)),
             "regression, two phases": ("full", dict(curriculum="two_phases")), "regression, four phases": ("full", dict(curriculum="four_phases")), "original": ("original", {})}
 
@@ -285,7 +294,7 @@ def variants(study):
     "Train each variant, score them all on the same slices, show what their discriminators knew"
     from mri_gen.figures import curves
     nets = {k: study.train(k.replace(", ", "-").replace(" ", "-"), p, **v) for k, (p, v) in VARIANTS.items()}; t = study.truth(); rows = table_rows(t, nets, study.split); records = summarise(rows)
-    tests = [c | dict(data=str(t.column("data")[0]), cell="all", metric=m) for m in ("psnr", "gradient_ratio") for c in compare(rows, "regression, PSNR", m, "whole", cell="all")] if len(t) > 1 else []
+    tests = compare_all(pick(rows, cell="all"), "regression, PSNR", ("psnr", "gradient_ratio"), region="whole")
     value = lambda k, m: next(r["mean"] for r in pick(records, method=k, cell="all", metric=m))
     cost = {k: budget_words(n.meta["config"], n.net) for k, n in nets.items()}
     said = [f"{k}: {value(k, 'psnr'):.2f} dB, SSIM {next(r['mean'] for r in pick(records, method=k, cell='all', metric='ssim', convention='uniform7')):.3f}, gradient ratio {value(k, 'gradient_ratio'):.2f} ({cost[k]})" for k in nets]
@@ -293,7 +302,118 @@ def variants(study):
     said += [f"{k}: discriminator right on {float([r for r in read_rows(p) if r.get('d_accuracy')][-1]['d_accuracy']):.0%} of the patches at the end" for k, p in judged.items()]
     return save(study, "variants", Part(records, tests, said, {"variants_discriminators": curves(judged, columns=["d_accuracy", "d", "g", "loss"])}), nets)
 
-# %% ../nbs/22_mmgan_study.ipynb #b6c79e6e
+# %% ../nbs/22_mmgan_study.ipynb #678d39a2
+def without(x, field, offset=0.): return np.clip((x + offset) / np.exp(field) - offset, 0, 1)
+def relit(y, field, offset=0.): return np.clip((y + offset) * np.exp(field) - offset, 0, 1)
+
+
+def biased_head(
+    i, spacing,  # who, mm
+    n,           # slices
+):
+    "raw (n,3,H,W) on the scale of the raw volume, unclipped; log fields that N4 found; offset (n,3,1,1): lo / (hi - lo); found: correlation, sd and true sd of the field, (3,3)"
+    import nibabel as nib
+    from mri_gen.bias import field_error, log_field, signal
+    from mri_gen.phantom import simulate_subject
+    from mri_gen.triples import SIDE, Frame, trained_scale
+    from mri_gen.volumes import volume_from
+    s = simulate_subject(i, 11, spacing); volume = lambda x: volume_from(nib.Nifti1Image(np.asarray(x[0], np.float32), x[1])); pd = volume(s["images"]["PD"])
+    raw, fields, offset, found = {}, {}, [], []
+    for m in MODALITIES:
+        v, true = volume(s["images"][m]), np.log(volume(s["truth"][f"bias_{m}"]).data); mask = signal(v); f = log_field(v, mask); e = field_error(f, true, mask)
+        there = lambda d: d if m != "T1" else onto(d, v.affine, pd.shape, pd.affine, s["transforms"]["T1_to_PD"])
+        x, fields[m] = there(v.data), there(f); k = trained_scale(x, m); raw[m] = k.apply(x); offset.append(k.lo / k.data_range); found.append([e["correlation"], e["sd_found"], e["sd_true"]])
+    frame = Frame(pd, np.minimum.reduce(list(raw.values())) > .1, SIDE); cut = lambda vs: np.stack([frame.cut(vs[m]) for m in MODALITIES], 1)
+    x, f = cut(raw), cut(fields); k = np.flatnonzero((x > .1).mean((2, 3)).min(1) > .08); k = k[np.linspace(0, len(k) - 1, min(n, len(k))).round().astype(int)]
+    return dict(raw=x[k].astype(np.float16), field=f[k].astype(np.float16), offset=np.tile(np.float32(offset)[:, None, None], (len(k), 1, 1, 1)), slice=k, found=np.array(found), site=s["facts"]["site"])
+
+
+def biased_cohort(study, who, n):
+    "`biased_head` of people, made once: their slices one after the other, and the table"
+    parts, table = [], []
+    for i in who:
+        p = study.out / "study" / f"n4-heads-{study.budget.n4_spacing:g}mm" / f"SIM{i:03d}-{n}.npz"
+        if not p.exists():
+            with whole(p) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **biased_head(i, study.budget.n4_spacing, n))
+        with np.load(p) as z: parts.append({k: z[k] for k in z.files})
+        table += [dict(subject=f"SIM{i:03d}", site=str(parts[-1]["site"]), slice=int(k), split=study.split, plane="axial", data="simulated") for k in parts[-1]["slice"]]
+    return {k: np.concatenate([p[k] for p in parts]).astype(np.float32) for k in ("raw", "field", "offset")} | {"found": np.stack([p["found"] for p in parts])}, table
+
+
+@dataclass
+class Relit:
+    "Answers to corrected slices, brought back to raw space: `complete` like a `Completer`'s"
+    answers: dict      # scenario -> (N,3,H,W)
+    fields: object     # (N,3,H,W), log
+    offset: object = 0.
+    own: bool = True   # times the missing volume's own field; False: times the mean of those of the available
+    def complete(self, x, s):
+        f = self.fields if self.own else self.fields[:, np.flatnonzero(s)].mean(1, keepdims=True)
+        return np.where(np.array(s, bool)[None, :, None, None], x, relit(self.answers[s], f, self.offset)).astype(np.float32)
+
+# %% ../nbs/22_mmgan_study.ipynb #f8b16f59
+def plane_field(im):
+    "(H,W) log field of a single slice in [0,1], by N4 in 2-D; 0 where there is too little head"
+    from mri_gen.align import itk
+    sitk = itk(); m = im > .08
+    if m.sum() < 2000: return np.zeros_like(im)
+    full = sitk.GetImageFromArray(np.maximum(im, 1e-3)); full.SetSpacing((.9375, .9375)); share = sitk.GetImageFromArray(m.astype(np.float32)); share.SetSpacing((.9375, .9375))
+    n4 = sitk.N4BiasFieldCorrectionImageFilter(); n4.SetMaximumNumberOfIterations([30] * 3); n4.SetConvergenceThreshold(1e-3); n4.Execute(sitk.BinShrink(full, [4, 4]), sitk.BinShrink(share, [4, 4]) > .75)
+    f = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(full)).astype(np.float32)
+    return f - f[m].mean()
+
+
+def mean_psnr(net, x, scenarios):
+    "Over missing channels, slices and scenarios"
+    return float(np.mean([-10 * np.log10(((net.complete(x, s) - x)[:, np.flatnonzero(1 - np.array(s))] ** 2).mean((2, 3)) + 1e-10).mean() for s in scenarios]))
+
+
+def plane_evidence(study, n=6):
+    "A sentence: the network in question before and after a 2-D N4 of its inputs"
+    t = a_few(study.truth(), n); x = t.float(); f = np.stack([[plane_field(c) for c in im] for im in x]); two = [s for s in SCENARIOS if sum(s) == 2]
+    done = {s: study.net.complete(without(x, f), s) for s in two}; db = [mean_psnr(k, x, two) for k in (study.net, Relit(done, f), Relit(done, f, own=False))]
+    return f"Side evidence, {t.column('data')[0]}: the network in question, trained on slices as they are, on {len(t)} slices of {len(t.subjects)} people, one modality missing: {db[0]:.2f} dB; with 2-D N4 of each single slice {db[1]:.2f} dB times the missing slice's own field, {db[2]:.2f} dB times the field of the available."
+
+# %% ../nbs/22_mmgan_study.ipynb #3ad00206
+def n4_sets(study):
+    "Training slices {branch: SliceSet}; those to score on: raw triples as a SliceSet, and `biased_cohort`'s arrays"
+    b = study.budget; a, table = biased_cohort(study, range(1, b.n4_train + 1), b.n4_slices)
+    table = [r | {"split": "dev" if r["subject"] == table[-1]["subject"] else "train"} for r in table]
+    sets = {"n4-raw": a["raw"].clip(0, 1), "n4-corrected": without(a["raw"], a["field"], a["offset"])}
+    h, table_h = biased_cohort(study, range(b.n4_train + 1, b.n4_train + b.n4_test + 1), b.n4_slices // 3)
+    return {k: SliceSet(np.round(v * 255).astype(np.uint8), table) for k, v in sets.items()}, SliceSet(h["raw"].clip(0, 1), table_h), h
+
+
+def n4_words(records, tests):
+    "A sentence on each branch"
+    out = []
+    for k in dict.fromkeys(r["method"] for r in records):
+        db, ssim = (pick(records, method=k, cell="all", metric=m, convention=c)[0]["mean"] for m, c in (("psnr", "range=1"), ("ssim", "uniform7")))
+        words = f"{k}: {db:.2f} dB, SSIM {ssim:.3f} over all cells"
+        if mine := pick(tests, method=k, metric="psnr"):
+            cells = [r for r in mine if r["cell"] != "all"]; sure = [r["diff"] for r in cells if r["p_holm"] < .05]
+            words += "; minus raw: PSNR {}, SSIM {}; ".format(*(says(pick(tests, method=k, cell="all", metric=m)[0]) for m in ("psnr", "ssim"))) + f"PSNR higher in {sum(r['diff'] > 0 for r in cells)} of {len(cells)} cells, with p < .05 higher in {sum(v > 0 for v in sure)} and lower in {sum(v < 0 for v in sure)}"
+        out.append(words + (". The kindest case: in practice the missing volume's field is unknown." if "own" in k else "."))
+    return out
+
+
+def n4(study):
+    "Raw against N4, both in raw space, by cell and overall"
+    from mri_gen.figures import grid
+    sets, t, h = n4_sets(study); raw, net = (study.train(k, "full", slices=s, steps=max(1, study.budget.steps // 2)) for k, s in sets.items())
+    x, f, flat = t.images, h["field"], without(h["raw"], h["field"], h["offset"]); done = {s: net.complete(flat, s) for s in SCENARIOS}
+    nets = {"raw": raw, "N4, own field": Relit(done, f, h["offset"]), "N4, field of the available": Relit(done, f, h["offset"], own=False)}
+    rows = [r for r in table_rows(t, nets, study.split) if r["cell"] in (*CELLS, "all")]; records = summarise(rows); tests = compare_all(rows, "raw", ("psnr", "ssim"), region="whole")
+    said = n4_words(records, tests) + [f"Scored in its own, corrected space the N4 branch would have {mean_psnr(Relit(done, 0 * f), flat, SCENARIOS):.2f} dB: another question, not comparable."]
+    said += [f"What N4 found of the fields of {len(h['found'])} simulated people (log, below the scalp): " + "; ".join(f"{m}: correlation {r:.2f}, sd {sd:.3f} where {true:.3f} is true" for m, (r, sd, true) in zip(MODALITIES, h["found"].mean(0))) + ".", plane_evidence(study)]
+    i = t.column("subject").tolist().count(t.table[0]["subject"]) // 2; head, shown = x[i].max(0) > .08, {}
+    for m, s in sorted((s.index(0), s) for s in SCENARIOS if sum(s) == 2):
+        back = [k.complete(x, s)[i, m] for k in list(nets.values())[1:]]
+        shown[MODALITIES[m]] = [x[i, m], raw.complete(x[i:i + 1], s)[0, m], *back, *(np.where(head, np.exp(v) / 2, 0) for v in (f[i, m], f[i, np.flatnonzero(s)].mean(0)))]
+    fig = grid(list(shown.values()), row_labels=list(shown), col_labels=["truth", "raw", "N4, own", "N4, available", "own field / 2", "available / 2"], limits=(0, 1))
+    return save(study, "n4", Part(records, tests, said, {"n4": fig}), dict.fromkeys(nets, net) | {"raw": raw})
+
+# %% ../nbs/22_mmgan_study.ipynb #bee16cf2
 def sites(study):
     "PSNR on each site, of a network that has seen it and of one that has not"
     t, found, nets = study.truth(), [], {"all sites": study.train("all-sites", "full")}
@@ -307,7 +427,7 @@ def sites(study):
     return save(study, "sites", Part(records, [], said, {}), nets)
 
 
-RUN = {"robust": robust, "lesion": lesion, "positions": positions, "calibration": calibration, "variants": variants, "sites": sites}
+RUN = {"robust": robust, "lesion": lesion, "positions": positions, "calibration": calibration, "variants": variants, "sites": sites, "n4": n4}
 
 
 def main(argv=None):
