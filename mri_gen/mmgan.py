@@ -20,8 +20,8 @@ from pydantic import Field
 
 from .batches import DeviceData
 from .cells import cell_figures, mislabelled, overall, published_table, score_cell
-from .checkpoint import find_weights, load_into, load_weights
-from .core import UserError, generator, pick_device
+from .checkpoint import find_weights, load_into, load_weights, save_weights
+from .core import UserError, generator, locked, mix, pick_device, root
 from .datasets import SliceSet, check_array, read_array
 from .imputers import CELLS, CONDITIONS, CURRICULA, MODALITIES, SCENARIOS, Imputer, OriginalGenerator, PatchGAN, accuracy, condition, draw_scenarios, first_scenario, lsgan_d, lsgan_g, missing_loss, parse_available, place, scenario_name, spread_loss
 from .slices import fingerprint
@@ -286,7 +286,7 @@ RULES = METHODS[:4]
 class Evaluation:
     "Scores and the pictures behind them"
     records: list      # of `metrics.summarise`
-    comparisons: list  # of `metrics.compare`: each method against the network, PSNR, for each cell and region
+    comparisons: list  # of `metrics.compare_all`: each method against the network, for each cell and region
     rows: list         # per image
     truth: SliceSet    # triples
     shown: np.ndarray  # which of them `examples` holds
@@ -307,7 +307,7 @@ def evaluate(
     cells=tuple(CELLS),
 ):
     "Complete clean triples of held-out people with every method and score what was missing"
-    from mri_gen.metrics import compare, summarise
+    from mri_gen.metrics import compare_all, summarise
     used, main, rules = _methods(methods, weights, rules, device)
     same = source_id(data) in {r.meta.get("source") for r in used.values() if r is not None}
     truth = load_triples(data, pattern, per_volume=12, simulated=10, splits=(split,), strangers=None if same else split, seed=1)
@@ -324,10 +324,9 @@ def evaluate(
                 y = done[s][:, c]
             spent += time.perf_counter() - t0; rows += score_cell(y, x[:, c], subjects, head, cell); examples.setdefault(k, {})[cell] = y[shown].astype(np.float16)
         timings[k] = spent / len(x) / len(dict.fromkeys(CELLS[n][0] for n in cells))
-    rows += overall(rows, truth.table); comparisons = []
-    for region in ("foreground", "whole"):
-        for cell in (*cells, "all"):
-            if main and len(used) > 1 and any(r["cell"] == cell for r in rows): comparisons += [c | dict(data=name, cell=cell, region=region) for c in compare(rows, main, region=region, cell=cell)]
+    rows += overall(rows, truth.table)
+    tested = [r for r in rows if not r["cell"].startswith("all, ")]      # by site and position: too many questions for a test of each
+    comparisons = [c | dict(region=region) for region in ("foreground", "whole") for c in compare_all(tested, main, ("psnr", "ssim"), region=region)] if main else []
     return Evaluation(summarise(rows), comparisons, rows, truth, shown, examples, truth.skipped, timings)
 
 
@@ -358,10 +357,13 @@ def _methods(methods, weights, rules, device):
 def companions(
     data,  # SliceSet with split train
 ):
-    "Fitted rules that are shipped beside the network: method -> (nets, meta) for `save_weights`"
-    from mri_gen.pixels import PixelRules
-    state = PixelRules.fit(np.asarray(data.subset(split="train").images), [(tuple(np.flatnonzero(s)), c) for s, c in CELLS.values()], trees=True).state()
-    return {k: ({k: v}, {"task": "mmgan", "method": k}) for k, v in state.items()}
+    "Fitted rules that are shipped beside the network: method -> (nets, meta) for `save_weights`. Kept in data/prepared/, since trees take a quarter of an hour"
+    from mri_gen import pixels
+    train = data.subset(split="train")
+    kept = (root() or Path.cwd()) / "data/prepared" / f"rules-{mix('rules', fingerprint(train), Path(pixels.__file__).read_text()):016x}.safetensors"
+    with locked(kept.with_suffix(".lock")):
+        if not kept.exists(): save_weights(kept, pixels.PixelRules.fit(np.asarray(train.images), [(tuple(np.flatnonzero(s)), c) for s, c in CELLS.values()], trees=True).state(), {"task": "mmgan"})
+    return {k: ({k: v}, {"task": "mmgan", "method": k}) for k, v in load_weights(kept)[0].items()}
 
 # %% ../nbs/22_mmgan.ipynb #61d418e4
 CARD = dict(
