@@ -128,7 +128,7 @@ def demo_generate(run, n=10):
     return [f"{len(rows) * n} head slices drawn in {time.time() - t:.1f} s" + ("" if "shipped weights" in rows else "; no generator weights are shipped in this checkout yet, so these are the demo run's: noise, nearly")]
 
 # %% ../nbs/36_demo.ipynb #7c0d9e22
-LESS = dict(steps=60, crop=(96, 96), whole=0., val_images=6)   # less than the profile `demo`: seconds
+LESS = dict(steps=30, crop=(96, 96), whole=0., val_images=3, log_every=10)   # less than the profile `demo`: seconds
 
 
 def demo_preprocess(raw, folder, new):
@@ -164,17 +164,17 @@ def demo_impute(out, prepared, run, device, n=4):
     from mri_gen.triples import load_triples
     s, weights = load_triples(prepared, per_volume=12), shipped("mmgan"); test = s.subset(split="val"); who = test.subjects[0]
     save_slices(out / "prepared_slices", test.subset(np.linspace(0, len(test) - 1, n + 2).round().astype(int)[1:-1]), force=True)
-    cells = {k: (tuple(np.flatnonzero(a)), c) for k, (a, c) in CELLS.items() if sum(a) == 2}
-    rules = PixelRules.fit(s.subset(split="train").images, cells.values())
-    score = lambda w, methods: mmgan.evaluate(out / "prepared_slices", "val", w, methods, device=device, rules=rules, cells=tuple(cells))
+    cells = ("T2,PD->T1",)
+    rules = None if weights else PixelRules.fit(s.subset(split="train").images, [(tuple(np.flatnonzero(a)), c) for a, c in map(CELLS.get, cells)])   # shipped rules learned from the slices that the shipped network did
+    score = lambda w, methods: mmgan.evaluate(out / "prepared_slices", "val", w, methods, device=device, rules=rules, cells=cells)
     mine, e = score(run.path, ("unet",)), score(None, ("lookup", "unet") if weights else ("lookup",))
     e = dataclasses.replace(e, examples={"unet_demo": mine.examples["unet"]} | e.examples)
-    notes = [f"From raw volumes: T1 was registered to PD, all were corrected by N4 (coarsely); {who} took no part in the training. prepared/qc.html shows how the preprocessing went. lookup is a table of intensities, fitted on the slices that unet_demo learned from."]
+    notes = [f"From raw volumes: T1 was registered to PD, all were corrected by N4 (coarsely); {who} took no part in the training. prepared/qc.html shows how the preprocessing went. lookup is a table of pairs of intensities, fitted on the slices that {'unet' if weights else 'unet_demo'} learned from." + (" unet learned from people: the simulator's brightness is another, which unet_demo, taught by it, knows." if weights else "")]
     folder, lines = demo_page(out / "impute", mmgan, mine, e, "Demo: imputation, from raw simulated volumes", bool(weights), "foreground", notes)
     net = mmgan.Completer(weights or run.path, device, mirror=False)
     save_figure(demo_volume(out, prepared, who, net), folder / "figures/completed_T1.png", 110)
     for name in ("checkerboard", "n4"): shutil.copyfile(prepared / f"qc/{who}/{name}.png", folder / f"figures/{name}_{who}.png")
-    return folder, [*(v for v in lines if "->T1" in v), f"T1 of {who} completed from T2 and PD with {'the shipped weights' if weights else 'the weights trained just now (none are shipped yet)'}: completed/T1.nii.gz"]
+    return folder, [*lines, f"T1 of {who} completed from T2 and PD with {'the shipped weights' if weights else 'the weights trained just now (none are shipped yet)'}: completed/T1.nii.gz"]
 
 
 # %% ../nbs/36_demo.ipynb #08795deb
