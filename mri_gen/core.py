@@ -179,8 +179,8 @@ class Settings(Checked):
         return cls.check(**{**cls.PROFILES[name], **params})
 
     def differs(self, other: dict):
-        "Names of the fields whose value is not the one in `other` (a saved `model_dump(mode='json')`)"
-        mine = self.model_dump(mode="json")
+        "Names of the fields whose value is not the one in `other` (a saved `model_dump(mode='json')`); a field that is younger than the file counts as left at its default"
+        mine, other = self.model_dump(mode="json"), type(self).model_construct().model_dump(mode="json") | other
         return sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
 
 

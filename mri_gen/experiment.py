@@ -43,7 +43,7 @@ class Part:
 
 def budget_words(config, net):
     "The budget behind a network: '3000 steps of 16, 0.21 M parameters'"
-    return f"{config['steps']} steps of {config['batch_size']}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
+    return f"{config['steps']} steps of {config['batch_size']}{' after an earlier training' if config.get('start') else ''}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
 
 
 def says(

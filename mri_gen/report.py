@@ -150,7 +150,8 @@ def training_text(m, n):
     "One sentence on how a network was trained"
     env, done = n["env"], n["done"]
     return (f"`{m}`: {n['parameters']:,} parameters. {done.get('step', '?')} steps, precision {done.get('precision', '?')}, on {env.get('device_name') or env.get('device')} ({env.get('threads')} threads), "
-            f"{done.get('seconds', 0) / 60:.1f} min in the last session; torch {env.get('packages', {}).get('torch')}, commit {env.get('commit') or 'unknown'}.")
+            f"{done.get('seconds', 0) / 60:.1f} min in the last session; torch {env.get('packages', {}).get('torch')}, commit {env.get('commit') or 'unknown'}." +
+            (f" It went on from shipped weights, which it replaces: {training_text(m, n['began'])}" if n.get("began") else ""))
 
 
 def model_card(
@@ -235,7 +236,9 @@ def publish(
             if m in names: (folder / names[m]).unlink(missing_ok=True)                # it may have had another file name
             names[m] = f"{m}.safetensors"; save_weights(folder / names[m], n, about, half=True)
         write_json(folder / "weights.json", names)
-        networks |= {method: keep_training(folder, run, "" if method == next(iter(names)) else f"_{method}") | dict(config=cfg.model_dump(mode="json"), parameters=sum(int(v.numel()) for n in nets.values() for v in n.values()), splits=counts(prepared))}
+        old, config = networks.get(method), cfg.model_dump(mode="json")
+        began = {"began": old.get("began") if old["config"] == config else old} if cfg.start == "shipped" and old else {}      # published again: what it replaced the first time
+        networks |= {method: keep_training(folder, run, "" if method == next(iter(names)) else f"_{method}") | dict(config=config, parameters=sum(int(v.numel()) for n in nets.values() for v in n.values()), splits=counts(prepared)) | began}
         networks = {m: networks[m] for m in names if m in networks}
         write_json(folder / "networks.json", networks)
         e = task.evaluate(data, "val", None, device=device)
