@@ -307,7 +307,9 @@ def predict_mmgan(
     weights: Weights = None, force: Force = False, device: Device = "auto",
 ):
     "Impute a missing T1, T2 or PD."
+    from contextlib import nullcontext
     from mri_gen.core import UserError, pick_device, whole
+    from mri_gen.datasets import save_array
     from mri_gen.mmgan import Completer, parse_available
     given = {k: existing(v, "file") for k, v in dict(T1=t1, T2=t2, PD=pd).items() if v is not None}; pick_device(device)
     if out is None: raise UserError("--out: name the result, OUT.npy for arrays or a folder for volumes")
@@ -315,15 +317,16 @@ def predict_mmgan(
     if input and (available is None or out.suffix != ".npy"): raise UserError("--available: say what is there, e.g. T2,PD" if available is None else f"--out {out}: the result is an array; name a .npy file")
     parse_available(available if input else ",".join(given)); existing(input, "file")
     if given and available: raise UserError("--available: belongs to IN.npy; volumes say by their options what they are")
-    net = Completer(weights, device)
     if input:
-        y, *s = got if isinstance(got := net.predict(str(input), available, spread=spread), tuple) else (got,)
-        for p, v in ((out, y), (out.with_name(out.stem + "_spread.npy"), s[0] if s else None)):
-            if v is not None:
-                with whole(p, force) as tmp: save_array(tmp, v)
+        with whole(out, force) as tmp, whole(out.with_name(out.stem + "_spread.npy"), force) if spread else nullcontext() as beside:
+            net = Completer(weights, device); got = net.predict(str(input), available, spread=spread)
+            y, *s = got if spread else (got,)
+            save_array(tmp, y)
+            if spread: save_array(beside, s[0])
         say(f"{out}: {len(y) if y.ndim > 3 else 1} triples {y.shape[-2]}x{y.shape[-1]}, completed from {available} by {net.method}"); return
     from mri_gen.volumes import write_volume
     with whole(out, force, ours="*.nii.gz") as tmp:
+        net = Completer(weights, device)
         got, like = net.volumes(given, spread); tmp.mkdir()
         for part, suffix in zip(got, ("", "_spread")):
             for k, v in part.items(): write_volume(tmp / f"{k}{suffix}.nii.gz", v, like)

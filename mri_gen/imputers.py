@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'SCENARIOS', 'CELLS', 'CURRICULA', 'TONES', 'LEVELS', 'BANDS', 'CONDITIONS', 'scenario_name',
            'cell_name', 'parse_available', 'first_scenario', 'draw_scenarios', 'bounded', 'keep', 'place', 'bands',
-           'Imputer', 'OriginalGenerator', 'PatchGAN', 'condition', 'lsgan_d', 'lsgan_g', 'missing_loss', 'spread_loss',
-           'accuracy']
+           'Imputer', 'PlainUNet', 'OriginalGenerator', 'PatchGAN', 'condition', 'lsgan_d', 'lsgan_g', 'missing_loss',
+           'spread_loss', 'accuracy', 'gap']
 
 # %% ../nbs/18_imputers.ipynb #341cec8d
 import numpy as np
@@ -51,7 +51,7 @@ def parse_available(
     return s
 
 # %% ../nbs/18_imputers.ipynb #440c4047
-CURRICULA = {"none": ((1., 0),), "two_phases": ((.3, 3), (1., 0)), "four_phases": ((11 / 60, 3), (21 / 60, 2), (31 / 60, 1), (1., 0))}
+CURRICULA = {"none": ((1., 0),), "two_phases": ((19 / 60, 3), (1., 0)), "four_phases": ((11 / 60, 3), (21 / 60, 2), (31 / 60, 1), (1., 0))}
 
 
 def first_scenario(
@@ -175,6 +175,18 @@ class Imputer(nn.Module):
         return (y, torch.where(there, 0, .02 * torch.exp(s.clamp(-4, 4)))) if spread else y
 
 # %% ../nbs/18_imputers.ipynb #540354b1
+class PlainUNet(nn.Module):
+    "What one would try first: a U-Net on the images (zeros where missing) and the availability, nothing else"
+    def __init__(self, chs=(64, 128, 256), blocks=1, patch=4):
+        super().__init__()
+        self.unet = UNet(6, 3, chs, blocks, patch=patch); self.unet.out[-1].reset_parameters()
+
+    def forward(self, x, m, at=None, tones=None):
+        "As for `Imputer`; `at` and `tones` are not used"
+        x = keep(torch.zeros_like(x), x, m)
+        return keep(bounded(self.unet(torch.cat([4 * (x - .25), m[:, :, None, None].expand_as(x)], 1)).float()), x, m)
+
+
 class OriginalGenerator(nn.Module):
     "Generator of MM-GAN for three modalities (Sharma & Hamarneh 2020), as the original project configured it"
     def __init__(self,
@@ -276,3 +288,10 @@ def accuracy(real, fake, m):
     "Share of right verdicts (cut at 1/2) on real and on synthesised channels, mean of both: .5 is guessing"
     w = (1 - m)[:, :, None, None].expand_as(fake)
     return .5 * (((real > .5) * w).sum() + ((fake < .5) * w).sum()) / w.sum()
+
+
+@torch.no_grad()
+def gap(real, fake, m):
+    "Mean verdict on real minus mean verdict on synthesised channels, 0-d: 1 where the discriminator knows, 0 where it knows nothing (then `accuracy` is .5, too, however it came about)"
+    w = (1 - m)[:, :, None, None].expand_as(fake)
+    return ((real - fake) * w).sum() / w.sum()

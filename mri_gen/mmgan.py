@@ -11,7 +11,7 @@ __all__ = ['CHUNK', 'NETWORKS', 'METHODS', 'RULES', 'CARD', 'Config', 'build', '
 import time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 import numpy as np
 import torch
@@ -23,15 +23,15 @@ from .cells import cell_figures, mislabelled, overall, published_table, score_ce
 from .checkpoint import find_weights, load_into, load_weights, save_weights
 from .core import UserError, generator, locked, mix, pick_device, root
 from .datasets import SliceSet, check_array, read_array
-from .imputers import CELLS, CONDITIONS, CURRICULA, MODALITIES, SCENARIOS, Imputer, OriginalGenerator, PatchGAN, accuracy, condition, draw_scenarios, first_scenario, lsgan_d, lsgan_g, missing_loss, parse_available, place, scenario_name, spread_loss
+from .imputers import CELLS, CONDITIONS, CURRICULA, MODALITIES, SCENARIOS, Imputer, OriginalGenerator, PatchGAN, PlainUNet, accuracy, condition, draw_scenarios, first_scenario, gap, lsgan_d, lsgan_g, missing_loss, parse_available, place, scenario_name, spread_loss
 from .slices import fingerprint
 from .train import Job, TrainConfig, adamw, source_id
 from .triples import a_few, load_triples
 
 # %% ../nbs/22_mmgan.ipynb #a5f8cba2
 _LONG = dict(batch_size=24, chs=(64, 128, 256), blocks=1, patch=4, lr=3e-3, warmup=200, ema=.998, crop=(80, 80), channels_last=True, log_every=100, val_every=500, save_every=250)
-_GAN = dict(loss="l1", spread=0.)
-_ORIGINAL = dict(_GAN, method="original", condition="truth", per_channel=False, per_sample=False, curriculum="two_phases", lr=2e-4, lr_end=.25, warmup=0, beta1=.5, beta2=.999, weight_decay=0., grad_clip=0., ema=0., precision="fp32", batch_size=8, log_every=100, val_every=1000, save_every=500)
+_GAN = dict(loss="l1", spread=0.)   # a discriminator weighs against L1, not against decibels
+_ORIGINAL = dict(_GAN, method="original", d_lr=1., condition="truth", per_channel=False, per_sample=False, curriculum="two_phases", lr=2e-4, lr_end=.25, warmup=0, beta1=.5, beta2=.999, weight_decay=0., grad_clip=0., ema=0., precision="fp32", batch_size=8, log_every=100, val_every=1000, save_every=500)
 
 
 class Config(TrainConfig):
@@ -39,12 +39,13 @@ class Config(TrainConfig):
     PROFILES: ClassVar[dict] = {
         "smoke": dict(steps=60, batch_size=4, chs=(16, 32), patch=8, lr=3e-3, warmup=10, ema=.9, log_every=20, val_every=60, save_every=60, per_volume=6, simulated=4, val_images=6),
         "demo": dict(steps=120, batch_size=4, chs=(32, 64), patch=4, lr=3e-3, warmup=20, ema=.97, log_every=20, val_every=120, save_every=120, per_volume=12, simulated=6, val_images=12),
-        "full": dict(_LONG, steps=6000),
-        "gan": dict(_LONG, **_GAN, method="gan", steps=6000, beta1=.5, beta2=.999),
+        "full": dict(_LONG, steps=9000),
+        "gan": dict(_LONG, **_GAN, method="gan", steps=9000, beta1=.5, beta2=.999, d_lr=.1),
+        "plain": dict(_LONG, **_GAN, method="plain", steps=9000),
         "original": dict(_ORIGINAL, steps=5000),
         "original_deep": dict(_ORIGINAL, depth=8, steps=5000),
     }
-    method: Literal["unet", "gan", "original"] = Field("unet", description="our network as a regression, with a discriminator, or the original's network")
+    method: Literal["unet", "gan", "plain", "original"] = Field("unet", description="our network as a regression, with a discriminator, a plain U-Net, or the original's network; each has a profile")
     chs: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="channels per resolution")
     blocks: int = Field(1, ge=1, description="residual blocks per resolution and direction")
     patch: int = Field(4, ge=1, description="side of the patches folded into channels")
@@ -58,7 +59,7 @@ class Config(TrainConfig):
     condition: Literal[CONDITIONS] = Field("available", description="what the discriminator is shown beside the image; truth: as the original did")
     per_channel: bool = Field(True, description="discriminator's target for available channels is real; false: fake everywhere, as the original did")
     per_sample: bool = Field(True, description="a scenario for each sample; false: one for the whole batch, as the original did")
-    curriculum: Union[Literal[tuple(CURRICULA)], tuple[tuple[float, int], ...]] = Field("none", description="phases easy to hard: a name, or (until which share of the steps, first scenario that is drawn) of each")
+    curriculum: Union[Literal[tuple(CURRICULA)], tuple[tuple[Annotated[float, Field(gt=0, le=1)], Annotated[int, Field(ge=0, lt=len(SCENARIOS))]], ...]] = Field("none", description="phases easy to hard: a name, or (until which share of the steps, first scenario that is drawn) of each")
     d_chs: tuple[int, ...] = Field((64, 128, 256, 512), min_length=1, description="channels of the discriminator per level")
     d_lr: float = Field(1., gt=0, description="learning rate of the discriminator, as a multiple of lr")
     flip: float = Field(.5, ge=0, le=1, description="share of slices mirrored left to right")
@@ -72,8 +73,9 @@ class Config(TrainConfig):
 
 def build(cfg):
     "`{name: network}` of a Config; the network that imputes is named like the method"
-    nets = {cfg.method: OriginalGenerator(cfg.depth) if cfg.method == "original" else Imputer(cfg.chs, cfg.blocks, cfg.patch, cfg.context, cfg.head)}
-    if cfg.method != "unet" and cfg.adversarial: nets["critic"] = PatchGAN(cfg.method != "original", cfg.d_chs)
+    made = {"original": lambda: OriginalGenerator(cfg.depth), "plain": lambda: PlainUNet(cfg.chs, cfg.blocks, cfg.patch)}
+    nets = {cfg.method: made.get(cfg.method, lambda: Imputer(cfg.chs, cfg.blocks, cfg.patch, cfg.context, cfg.head))()}
+    if cfg.method in ("gan", "original") and cfg.adversarial: nets["critic"] = PatchGAN(cfg.method != "original", cfg.d_chs)
     return nets
 
 
@@ -124,7 +126,7 @@ def adversarial(loop, cfg, x, m, where):
     with loop.autocast(): judged = critic(y, c, m)
     pixel, g = missing_loss(y, x, m, cfg.loss), lsgan_g(judged)
     loop.update(cfg.method, cfg.pixel * pixel + cfg.adversarial * g)
-    return {"loss": pixel, "g": g, "d": d, "d_accuracy": accuracy(real, fake, m)}
+    return {"loss": pixel, "g": g, "d": d, "d_accuracy": accuracy(real, fake, m), "d_gap": gap(real, fake, m)}
 
 # %% ../nbs/22_mmgan.ipynb #342ca4f9
 def checks(net, x):
@@ -145,16 +147,17 @@ def job(
     "What the training loop needs"
     train, some = DeviceData(data.subset(split="train"), device), DeviceData(a_few(data.subset(split="dev"), cfg.val_images), device)
     some = some.batch(np.arange(len(some)))
-    if cfg.method == "original" and cfg.spread: raise UserError("spread: the original network has no spread; use -p spread=0")
-    nets = build(cfg); net = nets[cfg.method]
-    if cfg.method != "original": net.fit_tables(data.subset(split="train").images)
+    nets = build(cfg); net = nets[cfg.method]; told = isinstance(net, Imputer)
+    if cfg.spread and (not told or "critic" in nets): raise UserError(f"method={cfg.method}: learns no spread; use --profile {cfg.method}, or -p spread=0")
+    if cfg.loss == "psnr" and "critic" in nets: raise UserError(f"method={cfg.method}: decibels would drown the discriminator; use --profile {cfg.method}, or -p loss=l1")
+    if told: net.fit_tables(data.subset(split="train").images)
 
     def step(loop, idx):
         x, m, u = train.batch(idx), scenarios(loop, cfg), loop.draw("augment", 4)
         whole = loop.step >= round((1 - cfg.whole) * cfg.steps)
         if whole: n = max(1, round(len(x) * np.prod([min(c or s, s) / s for c, s in zip(cfg.crop, x.shape[2:])]))); x, m, u = x[:n], m[:n], u[:n]
         x, at, seen = augment(x, u, cfg, whole)
-        where = {} if cfg.method == "original" else {"at": at, "tones": net.tones(seen, m)}
+        where = {"at": at, "tones": net.tones(seen, m)} if told else {}
         return (adversarial if "critic" in nets else regression)(loop, cfg, x, m, where)
 
     def preview(nets):
@@ -170,7 +173,7 @@ def job(
     return Job(nets, opts, step, len(train), lambda nets: checks(nets[cfg.method], some), preview, meta={"task": "mmgan", "method": cfg.method, "trained_on": fingerprint(data)}, skipped=data.skipped)
 
 # %% ../nbs/22_mmgan.ipynb #a2bf3371
-CHUNK, NETWORKS = 4, ("unet", "gan", "original")
+CHUNK, NETWORKS = 4, ("unet", "gan", "plain", "original")
 
 
 class Completer:
@@ -183,7 +186,7 @@ class Completer:
         path = find_weights("mmgan", weights); nets, self.meta = load_weights(path)
         if self.meta.get("task") != "mmgan" or self.meta.get("method") not in NETWORKS: raise UserError(f"{path}: holds weights of {self.meta.get('task')}/{self.meta.get('method')}, not of a network of mmgan")
         self.method, self.device, self.mirror = self.meta["method"], pick_device(device), mirror
-        try: self.cfg = Config.check(**self.meta["config"]); self.net = build(self.cfg)[self.method].to(self.device).eval()
+        try: self.cfg = Config.check(**self.meta["config"]); self.net = build(self.cfg)[self.method].to(self.device, memory_format=torch.channels_last).eval()
         except (KeyError, UserError) as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
         load_into(self.net, nets.get(self.method, {}), path)
 
@@ -194,7 +197,7 @@ class Completer:
         spread=False,
     ):
         "(N,3,H,W) float32; with `spread` also the expected absolute error of each pixel"
-        if spread and not (self.method != "original" and self.cfg.spread): raise UserError(f"{self.method}: this network has learned no spread; use one trained with spread > 0")
+        if spread and not self.cfg.spread: raise UserError(f"{self.method}: this network has learned no spread; use one trained with spread > 0")
         m, out, keyword = torch.tensor([available], dtype=torch.float32, device=self.device).expand(CHUNK, 3), [], {"spread": True} if spread else {}
         for i in range(0, len(x), CHUNK):
             v = torch.from_numpy(np.array(x[i:i + CHUNK], np.float32)); n = len(v); v = F.pad(v, (0,) * 7 + (CHUNK - n,)).to(self.device)
@@ -278,7 +281,7 @@ def predict(images=None, available=None, weights=None, device="auto", **modaliti
     return Completer(weights, device).predict(images, available, **modalities)
 
 # %% ../nbs/22_mmgan.ipynb #444e543f
-METHODS = ("zero", "mean", "lookup", "trees", "original", "gan", "unet")
+METHODS = ("zero", "mean", "lookup", "trees", "plain", "original", "gan", "unet")
 RULES = METHODS[:4]
 
 
@@ -325,7 +328,7 @@ def evaluate(
             spent += time.perf_counter() - t0; rows += score_cell(y, x[:, c], subjects, head, cell); examples.setdefault(k, {})[cell] = y[shown].astype(np.float16)
         timings[k] = spent / len(x) / len(dict.fromkeys(CELLS[n][0] for n in cells))
     rows += overall(rows, truth.table)
-    tested = [r for r in rows if not r["cell"].startswith("all, ")]      # by site and position: too many questions for a test of each
+    tested = [r for r in rows if r["cell"] in (*CELLS, "all")]      # by site, position and scenario: too many questions for a test of each
     comparisons = [c | dict(region=region) for region in ("foreground", "whole") for c in compare_all(tested, main, ("psnr", "ssim"), region=region)] if main else []
     return Evaluation(summarise(rows), comparisons, rows, truth, shown, examples, truth.skipped, timings)
 
@@ -357,7 +360,7 @@ def _methods(methods, weights, rules, device):
 def companions(
     data,  # SliceSet with split train
 ):
-    "Fitted rules that are shipped beside the network: method -> (nets, meta) for `save_weights`. Kept in data/prepared/, since trees take a quarter of an hour"
+    "Fitted rules that are shipped beside the network: method -> (nets, meta) for `save_weights`. Kept in data/prepared/, since trees take half a minute a cell"
     from mri_gen import pixels
     train = data.subset(split="train")
     kept = (root() or Path.cwd()) / "data/prepared" / f"rules-{mix('rules', fingerprint(train), Path(pixels.__file__).read_text()):016x}.safetensors"

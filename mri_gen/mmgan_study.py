@@ -12,6 +12,7 @@ __all__ = ['PARTS', 'SPOILED', 'CONTRAST', 'DIAMETERS', 'TISSUE_NAMES', 'LEVELS'
 # %% ../nbs/22_mmgan_study.ipynb #0523d04b
 import argparse, sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from .experiment import Part, budget_words, save_part, says
 from .imputers import CELLS, MODALITIES, SCENARIOS, scenario_name
 from .metrics import compare_all, pick, score_table, summarise
 from .train import fit
-from .triples import a_few, load_triples, onto
+from .triples import SIDE, Frame, a_few, load_triples, onto, trained_scale
 
 # %% ../nbs/22_mmgan_study.ipynb #40be18c1
 PARTS = ("robust", "lesion", "positions", "calibration", "variants", "sites", "n4")
@@ -67,8 +68,10 @@ class Study:
     device: str = "auto"
     quiet: bool = False
 
-    def __post_init__(self):
-        self.out = Path(self.out); self.net = mmgan.Completer(self.weights, self.device)
+    def __post_init__(self): self.out = Path(self.out)
+
+    @cached_property
+    def net(self): return mmgan.Completer(self.weights, self.device)     # parts that train their own networks need none
 
     def truth(self):
         "Held-out triples, `scored` of them"
@@ -92,8 +95,10 @@ class Study:
 
 def save(study, part, found, nets):
     "`experiment.save_part` with the budgets of `nets`, {method: Completer}"
-    steps = lambda c: c.meta["config"] | ({"steps": c.meta["step"]} if "step" in c.meta else {})
-    return save_part(study.out, part, found, {k: budget_words(steps(c), c.net) for k, c in nets.items()}, PARTS)
+    def cost(c):
+        done = c.meta["config"] | ({"steps": c.meta["step"]} if "step" in c.meta else {}); h, w = (v or SIDE for v in done["crop"])
+        return f"{budget_words(done, c.net)}, {done['steps'] * done['batch_size'] * h * w / SIDE ** 2:,.0f} slices of {SIDE}x{SIDE} pixels seen"
+    return save_part(study.out, part, found, {k: cost(c) for k, c in nets.items()}, PARTS)
 
 # %% ../nbs/22_mmgan_study.ipynb #88f5f961
 def shaded(x, depth, seed=0):
@@ -161,8 +166,8 @@ def lesion(study):
         after = {s: study.net.complete(sick, s) for s in SCENARIOS}
         for cell, (s, c) in CELLS.items():
             y = after[s]; change, wanted = (y - healthy[s])[:, c], (sick - x)[:, c]
-            if d == 8 and cell == "T2->T1": example = [x[0, c], sick[0, 1], sick[0, c], y[0, c]]
-            rows += [dict(subject=str(t.column("subject")[i]), index=i, task="mmgan", method=f"{d} mm", data=data, split=study.split, cell=cell, region="lesion", convention="share of the contrast", metric="contrast_kept", value=float(change[i][core[i]].mean() / wanted[i][core[i]].mean())) for i in range(len(x)) if core[i].any() and abs(wanted[i][core[i]].mean()) > .02]
+            if d == 8 and cell == "T2->T1": k = next((i for i, r in enumerate(t.table) if r.get("position") == "mid"), 0); example = [x[k, c], sick[k, 1], sick[k, c], y[k, c]]
+            rows += [dict(subject=str(t.column("subject")[i]), index=i, task="mmgan", method=f"{d} mm", data=data, split=study.split, cell=cell, region="lesion", convention="share of the contrast", metric="contrast_kept", value=float(change[i][core[i]].mean() / wanted[i][core[i]].mean())) for i in range(len(x)) if core[i].any() and abs(wanted[i][core[i]].mean()) > abs(CONTRAST[MODALITIES[c]]) / 2 and x[i][:, core[i]].mean(1).min() > .08]     # in tissue, and not clipped away
     records = summarise(rows); got = {(r["cell"], r["method"]): r["mean"] for r in records}
     with matplotlib.rc_context(STYLE):
         fig = Picture((4.2, 2.4), layout="constrained"); ax = fig.subplots()
@@ -207,13 +212,12 @@ def positions(study):
     "Error at every height, and Dice and volumes of tissues from imputed triples, on simulated heads"
     import matplotlib
     from mri_gen.figures import STYLE, Picture
-    from mri_gen.triples import Frame, trained_scale
     b, rows, heights, errors, classify = study.budget, [], [], {}, None
     for i in range(b.heads + 1):                                        # the first head only teaches the classifier
         v, labels = simulated_head(i + 1, 7, b.spacing); scaled = {k: np.clip(trained_scale(x.data, k).apply(x.data), 0, 1).astype(np.float32) for k, x in v.items()}
         inside = labels > 0; truth = np.stack([scaled[k][inside] for k in MODALITIES])
         if classify is None: classify = tissue_classifier(truth, labels[inside]); continue
-        f = Frame(v["PD"], np.minimum.reduce(list(scaled.values())) > .1); x = np.stack([f.cut(scaled[k]) for k in MODALITIES], 1)
+        f = Frame(v["PD"], np.maximum.reduce(list(scaled.values())) > .1); x = np.stack([f.cut(scaled[k]) for k in MODALITIES], 1)
         k = np.flatnonzero((x > .1).mean((2, 3)).min(1) > .03); h = (k - k[0]) / max(1, k[-1] - k[0]); heights.append(h)
         head = lambda m, cell, metric, value, unit: dict(subject=f"SIM{i + 1:03d}", index=i, task="mmgan", method=m, data="simulated", split=study.split, cell=cell, region="brain", convention=unit, metric=metric, value=float(value))
         def tissues(m, cell, values):
@@ -274,7 +278,7 @@ def calibration(study):
     return save(study, "calibration", Part(summarise(rows), [], said, {"calibration": fig, "calibration_spread": grid(shown, row_labels=["from two"] * len(shown), col_labels=["truth", "imputed", "|error| x4", "spread x4"], limits=(0, 1))}), {"this network": study.net})
 
 # %% ../nbs/22_mmgan_study.ipynb #6d3c3ea2
-VARIANTS = {"regression, PSNR": ("full", {}), "regression, L1": ("full", dict(loss="l1", spread=0.)), "gan": ("gan", {}), "gan, sees the truth": ("gan", dict(condition="truth", per_channel=False)),
+VARIANTS = {"regression, PSNR": ("full", {}), "plain U-Net, L1": ("plain", {}), "regression, L1": ("gan", dict(adversarial=0.)), "gan": ("gan", {}), "gan, sees the truth": ("gan", dict(condition="truth")),
             "regression, two phases": ("full", dict(curriculum="two_phases")), "regression, four phases": ("full", dict(curriculum="four_phases")), "original": ("original", {})}
 
 
@@ -300,7 +304,7 @@ def variants(study):
     said = [f"{k}: {value(k, 'psnr'):.2f} dB, SSIM {next(r['mean'] for r in pick(records, method=k, cell='all', metric='ssim', convention='uniform7')):.3f}, gradient ratio {value(k, 'gradient_ratio'):.2f} ({cost[k]})" for k in nets]
     judged = {k: n.run / "metrics.csv" for k, n in nets.items() if "critic" in mmgan.build(n.cfg)}
     said += [f"{k}: discriminator right on {float([r for r in read_rows(p) if r.get('d_accuracy')][-1]['d_accuracy']):.0%} of the patches at the end" for k, p in judged.items()]
-    return save(study, "variants", Part(records, tests, said, {"variants_discriminators": curves(judged, columns=["d_accuracy", "d", "g", "loss"])}), nets)
+    return save(study, "variants", Part(records, tests, said, {"variants_discriminators": curves(judged, columns=["d_accuracy", "d_gap", "g", "loss"])}), nets)
 
 # %% ../nbs/22_mmgan_study.ipynb #678d39a2
 def without(x, field, offset=0.): return np.clip((x + offset) / np.exp(field) - offset, 0, 1)
@@ -315,7 +319,6 @@ def biased_head(
     import nibabel as nib
     from mri_gen.bias import field_error, log_field, signal
     from mri_gen.phantom import simulate_subject
-    from mri_gen.triples import SIDE, Frame, trained_scale
     from mri_gen.volumes import volume_from
     s = simulate_subject(i, 11, spacing); volume = lambda x: volume_from(nib.Nifti1Image(np.asarray(x[0], np.float32), x[1])); pd = volume(s["images"]["PD"])
     raw, fields, offset, found = {}, {}, [], []
@@ -323,7 +326,7 @@ def biased_head(
         v, true = volume(s["images"][m]), np.log(volume(s["truth"][f"bias_{m}"]).data); mask = signal(v); f = log_field(v, mask); e = field_error(f, true, mask)
         there = lambda d: d if m != "T1" else onto(d, v.affine, pd.shape, pd.affine, s["transforms"]["T1_to_PD"])
         x, fields[m] = there(v.data), there(f); k = trained_scale(x, m); raw[m] = k.apply(x); offset.append(k.lo / k.data_range); found.append([e["correlation"], e["sd_found"], e["sd_true"]])
-    frame = Frame(pd, np.minimum.reduce(list(raw.values())) > .1, SIDE); cut = lambda vs: np.stack([frame.cut(vs[m]) for m in MODALITIES], 1)
+    frame = Frame(pd, np.maximum.reduce(list(raw.values())) > .1, SIDE); cut = lambda vs: np.stack([frame.cut(vs[m]) for m in MODALITIES], 1)
     x, f = cut(raw), cut(fields); k = np.flatnonzero((x > .1).mean((2, 3)).min(1) > .08); k = k[np.linspace(0, len(k) - 1, min(n, len(k))).round().astype(int)]
     return dict(raw=x[k].astype(np.float16), field=f[k].astype(np.float16), offset=np.tile(np.float32(offset)[:, None, None], (len(k), 1, 1, 1)), slice=k, found=np.array(found), site=s["facts"]["site"])
 
@@ -422,9 +425,9 @@ def sites(study):
         part = t.subset(site=site); rows = table_rows(part, {k: nets[k] for k in ("all sites", f"without {site}")}, study.split)
         found += [r | {"cell": f"{r['cell']}, {site}"} for r in rows]
     if not found: return Part([], [], ["the data name no sites"], {})
-    records = summarise(found); value = {(r["method"], r["cell"]): r["mean"] for r in pick(records, metric="psnr")}
+    records = summarise(found); value = {(r["method"], r["cell"]): r["mean"] for r in pick(records, metric="psnr")}; tests = [c for k in nets if k != "all sites" for c in compare_all([r for r in found if r["method"] in (k, "all sites") and r["cell"].endswith(k.removeprefix("without "))], "all sites", region="whole")]
     said = [f"{k.removeprefix('without ')}: {value[k, c]:.2f} dB not having seen it, {value['all sites', c]:.2f} dB having seen it" for k, c in value if k != "all sites" and c.startswith("all,")]
-    return save(study, "sites", Part(records, [], said, {}), nets)
+    return save(study, "sites", Part(records, tests, said, {}), nets)
 
 
 RUN = {"robust": robust, "lesion": lesion, "positions": positions, "calibration": calibration, "variants": variants, "sites": sites, "n4": n4}
@@ -442,7 +445,7 @@ def main(argv=None):
         study = Study(a.out, Budget.profile(a.profile, **parse_params(a.params)), a.data, a.weights or (a.out if (Path(a.out) / "weights.safetensors").exists() else None), split=a.split, device=a.device)
         for part in a.part:
             for v in RUN[part](study).verdicts: print(v, flush=True)
-            print(f"{part}: {study.out / 'study' / part}.json", flush=True)
+            if (path := study.out / "study" / f"{part}.json").exists(): print(f"{part}: {path}", flush=True)
     except UserError as e: print(f"mri_gen.mmgan_study: {e}", file=sys.stderr); return e.code
     except KeyboardInterrupt: return 130
     return 0

@@ -7,6 +7,7 @@ __all__ = ['BRIGHT', 'SIDE', 'PIXEL_MM', 'trained_scale', 'Frame', 'triple_slice
            'onto', 'simulated_triples', 'known_split', 'name_splits', 'load_triples']
 
 # %% ../nbs/18_triples.ipynb #a26f50b0
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def triple_slices(
     "((n,3,side,side) float32 in [0,1], slice numbers)"
     check_same_grid(volumes)
     scaled = [np.clip(trained_scale(volumes[m].data, m).apply(volumes[m].data), 0, 1) for m in ("T1", "T2", "PD")]
-    f = Frame(volumes["PD"], np.minimum.reduce(scaled) > .1, SIDE); x = np.stack([f.cut(v) for v in scaled], 1)
+    f = Frame(volumes["PD"], np.maximum.reduce(scaled) > .1, SIDE); x = np.stack([f.cut(v) for v in scaled], 1)
     k = np.flatnonzero((x > .1).mean((2, 3)).min(1) > .08)
     if n and len(k) > n: k = np.sort(numpy_generator("triples", key).choice(k, n, replace=False)) if key is not None else k[np.linspace(0, len(k) - 1, n).round().astype(int)]
     return x[k], k
@@ -174,6 +175,7 @@ def load_triples(
     if data is None: src.pop("volumes", None)                    # heads with T1 alone
     if "slices" in src or "array" in src:
         p = Path(src.get("slices") or src["array"]); s = load_slices(p)
+        if p.is_file() and len(s) > 1: warnings.warn(f"{p}: an array names no people, so each slice counts as a person of its own; neighbours may be trained on and scored. A folder with slices.csv says whose they are")
         if s.images.shape[1] != 3: raise UserError(f"{p}: {s.images.shape[1]} channel{'s' * (s.images.shape[1] > 1)}; mmgan needs T1, T2, PD as three channels, in this order (arrays (N,3,H,W), or RGB slices listed in slices.csv)")
         if strangers: s = SliceSet(s.images, [r if known_split(r["subject"]) is not None else r | {"split": strangers} for r in s.table], s.skipped)
         s = name_splits(s); s = SliceSet(s.images, [{"data": p.stem if p.is_file() else p.name} | r for r in s.table], s.skipped)
