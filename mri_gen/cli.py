@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'predict', 'download', 'Profile', 'Params', 'Data', 'Force', 'Device', 'Weights', 'message', 'say_error',
            'main', 'existing', 'say', 'download_ixi', 'simulate', 'preprocess', 'train', 'notebook_parameters',
-           'execute', 'run', 'sweep', 'publish', 'evaluate', 'report', 'predict_inpaint', 'predict_mmgan', 'generate',
-           'score', 'bench', 'doctor', 'demo']
+           'execute', 'run', 'sweep', 'publish', 'evaluate', 'report', 'predict_inpaint', 'predict_mmgan',
+           'predict_cyclegan', 'generate', 'score', 'bench', 'doctor', 'demo']
 
 # %% ../nbs/39_cli.ipynb #8931c3e8
 import sys, warnings
@@ -331,6 +331,32 @@ def predict_mmgan(
         for part, suffix in zip(got, ("", "_spread")):
             for k, v in part.items(): write_volume(tmp / f"{k}{suffix}.nii.gz", v, like)
     say(f"{out}: {', '.join(f'{k}.nii.gz' for k in got[0])} on the grid of {like.path}, in [0,1], from {','.join(given)} by {net.method}")
+
+
+# %% ../nbs/39_cli.ipynb #cycleganpred
+@predict.command("cyclegan")
+def predict_cyclegan(
+    input: Annotated[Path, typer.Argument(metavar="IN", help="(N,H,W) or (N,1,H,W) .npy, float in [0,1] or uint8; a folder of PNGs; or a NIfTI volume")],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="of the same kind: .npy (float32 in [0,1], the input's shape), a folder of PNGs, or a volume on the input's grid, in [0,1]")],
+    direction: Annotated[str, typer.Option(metavar="T1toT2|T2toT1", help="what the input is, and what is wanted")],
+    sharp: Annotated[bool, typer.Option("--sharp", help="the image that the discriminator judged, with texture, instead of the one that is nearest on average")] = False,
+    weights: Weights = None, force: Force = False, device: Device = "auto",
+):
+    "Translate T1 to T2 or back."
+    from mri_gen.core import UserError, pick_device, whole
+    from mri_gen.cyclegan import DIRECTIONS, Converter
+    from mri_gen.datasets import save_array
+    existing(input); pick_device(device); volume = input.name.endswith((".nii", ".nii.gz"))
+    if direction not in DIRECTIONS: raise UserError(f"--direction {direction}: use {' or '.join(DIRECTIONS)}")
+    kind, ends = ("folder", ()) if input.is_dir() else ("volume", (".nii", ".nii.gz")) if volume else ("array", (".npy",))
+    if kind != "folder" and not out.name.endswith(ends): raise UserError(f"--out {out}: {input.name} is {'an' if kind == 'array' else 'a'} {kind}, so name a file that ends in {' or '.join(ends)}")
+    net = Converter(weights, device)
+    if kind == "folder": n = net.folder(input, out, direction, sharp, force); say(f"{out}: {n} slices, {direction} by {net.method}"); return
+    if kind == "volume":
+        from mri_gen.volumes import write_volume
+        y, like = net.volume(input, direction, sharp); write_volume(out, y, like, force=force); say(f"{out}: on the grid of {like.path}, in [0,1], {direction} by {net.method}"); return
+    with whole(out, force) as tmp: y = net.predict(str(input), direction, sharp); save_array(tmp, y)
+    say(f"{out}: {len(y) if y.ndim > 2 else 1} slices {y.shape[-2]}x{y.shape[-1]}, {direction} by {net.method}")
 
 
 # %% ../nbs/39_cli.ipynb #4c674e3c

@@ -31,9 +31,9 @@ from .translators import GAN_LOSSES, Critic, OriginalCritic, OriginalTranslator,
 from .triples import a_few
 from .unpaired import CONTRASTS, DIRECTIONS, Rules, Sides, load_unpaired, pairs, two_folders, unpair
 
-# %% ../nbs/24_cyclegan.ipynb #2fac65af
+# %% ../nbs/24_cyclegan.ipynb #5097d9d6
 _OURS = dict(batch_size=4, lr=1e-3, warmup=100, beta1=.5, beta2=.99, ema=.998, channels_last=True, log_every=100, val_every=500, save_every=250)
-_PAPER = dict(batch_size=1, lr=2e-4, lr_end=0., warmup=0, beta1=.5, beta2=.999, weight_decay=0., grad_clip=0., ema=0., precision="fp32", d_lr=1., crop=(0, 0), whole=0., matched=False, near="l1", through=1., identity=5., structure=0., hide=0., lookalikes=0, log_every=100, val_every=1000, save_every=500)
+_PAPER = dict(batch_size=1, lr=2e-4, lr_end=0., warmup=0, beta1=.5, beta2=.999, weight_decay=0., grad_clip=0., ema=0., precision="fp32", adversarial=1., crop=(0, 0), whole=0., matched=False, near="l1", through=1., identity=5., structure=0., hide=0., lookalikes=0, log_every=100, val_every=1000, save_every=500)
 
 
 class Config(TrainConfig):
@@ -43,7 +43,7 @@ class Config(TrainConfig):
         "demo": dict(_OURS, steps=80, batch_size=2, chs=(16, 32), head=12, d_chs=(16, 32, 64), warmup=10, ema=.95, crop=(80, 80), lookalikes=1, bend=(20, 10), log_every=20, val_every=80, save_every=80, per_volume=12, simulated=6, val_images=6),
         "full": dict(_OURS, steps=9000),
         "paired": dict(_OURS, method="paired", lookalikes=0, steps=4000, beta1=.9, batch_size=8),
-        "png": dict(_OURS, method="png", steps=3000, matched=False),
+        "png": dict(_OURS, method="png", steps=3000, matched=False, lookalikes=2),
         "original": dict(_PAPER, method="original", steps=4300, gan="bce", pool=0),
         "resnet9": dict(_PAPER, method="resnet9", steps=4300),
     }
@@ -53,9 +53,9 @@ class Config(TrainConfig):
     patch: int = Field(4, ge=1, description="side of the patches folded into channels")
     head: int = Field(24, ge=1, description="channels of the head at full size")
     d_chs: tuple[int, ...] = Field((48, 96, 192), min_length=1, description="channels of the discriminators per level")
-    d_lr: float = Field(.5, gt=0, description="learning rate of the discriminators, as a multiple of lr")
+    d_lr: float = Field(1., gt=0, description="learning rate of the discriminators, as a multiple of lr")
     gan: Literal[GAN_LOSSES] = Field("lsgan", description="adversarial loss: cross-entropy, least squares, hinge")
-    adversarial: float = Field(1., ge=0, description="weight of the discriminators' judgement")
+    adversarial: float = Field(.2, ge=0, description="weight of the discriminators' judgement")
     near: Literal["l1", "psnr"] = Field("psnr", description="what cycle and identity measure: mean absolute error, or decibels / 50, which weigh about as much")
     cycle: float = Field(10., ge=0, description="weight of the way there and back")
     through: float = Field(0., ge=0, le=1, description="share of the cycle's gradient that reaches the fake: 1 as in the paper; 0: the fake is not rewarded for hiding the input in it")
@@ -66,7 +66,8 @@ class Config(TrainConfig):
     bend: tuple[int, int] = Field((40, 30), description="iterations of bending at a quarter and at half of the size")
     relook: str = Field("", description="weights (a run, a file, or shipped name) whose answers find the lookalikes, instead of the tables: a second round")
     borrow: float = Field(10., ge=0, description="weight of the distance of the answer to a lookalike")
-    borrow_fake: float = Field(.3, ge=0, le=1, description="share of the steps over which the fake learns from lookalikes, too, less and less")
+    borrow_fake: float = Field(.3, ge=0, le=1, description="share of the steps over which the fake learns from lookalikes, too, less and less ...")
+    borrow_keep: float = Field(.1, ge=0, le=1, description="... down to this share of the weight")
     spectral: bool = Field(False, description="discriminators of ours with spectral norm")
     matched: bool = Field(True, description="real slices that fakes are compared with: of the same height and scanner")
     pool: int = Field(50, ge=0, description="fakes that are kept to be shown again; 0: none")
@@ -78,7 +79,7 @@ class Config(TrainConfig):
     val_images: int = Field(24, ge=1, description="dev slices that the curve is drawn from")
 
 
-NETWORKS = ("cyclegan", "png", "paired", "original", "resnet9")
+NETWORKS, CHUNK = ("cyclegan", "png", "paired", "original", "resnet9"), 4    # CHUNK: slices at once in prediction
 
 
 def build(cfg, kinds=1):
@@ -92,7 +93,7 @@ def load_data(cfg, data=None, pattern=None):
     "Slices of both contrasts; what an unpaired training may not see of them, `job` takes away"
     return load_unpaired(data, pattern, cfg.per_volume, cfg.simulated, ("train", "dev"))
 
-# %% ../nbs/24_cyclegan.ipynb #2858300f
+# %% ../nbs/24_cyclegan.ipynb #f3e23e8a
 def generators_loss(loop, cfg, x, at, kinds, t, b, likes):
     "(loss, figures, fakes) of both generators; see `Sides.batch`"
     nets = [loop.nets[k] for k in DIRECTIONS]; critics = [loop.nets[f"critic_{m}"] for m in CONTRASTS]
@@ -110,7 +111,7 @@ def generators_loss(loop, cfg, x, at, kinds, t, b, likes):
     if cfg.structure: out["structure"] = sum(structure_loss(f, v) for f, v in zip(fakes, x)); loss = loss + cfg.structure * out["structure"]
     if likes:
         out["borrow"] = sum(near_loss(a, v, cfg.near) for (_, a), v in zip(made, likes)); loss = loss + cfg.borrow * out["borrow"]
-        if weight := cfg.borrow * max(0., 1 - loop.step / max(1, cfg.borrow_fake * cfg.steps)): loss = loss + weight * sum(near_loss(f, v, cfg.near) for f, v in zip(fakes, likes))
+        weight = cfg.borrow * max(cfg.borrow_keep, 1 - loop.step / max(1, cfg.borrow_fake * cfg.steps)); loss = loss + weight * sum(near_loss(f, v, cfg.near) for f, v in zip(fakes, likes))
     if nets[0].normalised: out["brightness"] = sum((n.log_brightness(u) - v).square().mean() for n, u, v in zip(nets, t, b[::-1])); loss = loss + out["brightness"]
     return loss, {k: v / 2 for k, v in out.items()}, fakes
 
@@ -141,7 +142,7 @@ def regression(loop, cfg, batch, pools):
     loop.update("generators", cfg.cycle * loss + light)
     return {"loss": loss / 4, "brightness": light / 2}
 
-# %% ../nbs/24_cyclegan.ipynb #ce458dfa
+# %% ../nbs/24_cyclegan.ipynb #6e88121c
 def checks(
     nets,  # {direction: network}
     x,     # (N,2,H,W) both contrasts
@@ -161,9 +162,7 @@ def ways(cfg, tables):
     "{direction: function of relative intensities (n,H,W)} to the other contrast, for finding lookalikes: tables, or the network that `relook` names"
     if not cfg.relook: return {d: by_table(t) for d, t in tables.items()}
     net = Converter(cfg.relook, "cpu", mirror=False)
-    @torch.no_grad()
-    def way(n): return lambda v: n(v[:, None])[1][:, 0]
-    return {d: way(n) for d, n in net.nets.items()}
+    return {d: (lambda v, n=n: n(v[:, None])[1][:, 0]) for d, n in net.nets.items()}
 
 
 def job(
@@ -177,7 +176,6 @@ def job(
     some = torch.from_numpy(a_few(dev, cfg.val_images).float()).to(device) if dev else torch.cat([s.batch(torch.arange(n)[::max(1, n // 8)][:8]) for s in sides.x], 1)
     nets = build(cfg, len(sides.names)); size = [c or s for c, s in zip(cfg.crop, sides.x[0].images.shape[2:])]; size = [min(a, b) for a, b in zip(size, sides.x[0].images.shape[2:])]
     pools = {m: Pool(cfg.pool, (1, *size), (2, *size), (), device=device) for m in CONTRASTS}
-    for p in pools.values(): p.parts[2:] = [v.long() for v in p.parts[2:]]
 
     def step(loop, idx):
         u, full = loop.draw("batch", 6), loop.step >= round((1 - cfg.whole) * cfg.steps)
@@ -192,7 +190,8 @@ def job(
         return (torch.cat(rows)[::2, ::2].clamp(0, 1) * 255).byte().cpu().numpy()
 
     tables = sides.tables() if nets["T1toT2"].normalised else {}
-    for k, t in tables.items(): nets[k].table.copy_(t)
+    for k, t in tables.items(): nets[k].table.copy_(t); nets[k].open_eye()
+    if tables: sides.told = [torch.cat([nets[k].told(sides.x[s].batch(i).cpu()).to(device) for i in torch.arange(len(sides.x[s])).split(64)]) for k, (s, _) in DIRECTIONS.items()]
     if cfg.lookalikes and tables: sides.likes = [v.to(device) for v in kept_lookalikes(sides.relative(), [k.cpu() for k in sides.kind], ways(cfg, tables), cfg.lookalikes, [(s, n) for s, n in zip((4, 2), cfg.bend) if n])]
     opts = {"generators": nn.ModuleList([nets[k] for k in DIRECTIONS])} | ({} if cfg.method == "paired" else {"critics": nn.ModuleList([nets[f"critic_{m}"] for m in CONTRASTS])})
     opts = {k: adamw(v, cfg) for k, v in opts.items()}
@@ -200,10 +199,7 @@ def job(
     state = {} if cfg.method == "paired" else {k: v for m in CONTRASTS for k, v in pools[m].state(m).items()}
     return Job(nets, opts, step, len(sides), lambda nets: checks(nets, some, dev is not None), preview, state, {"task": "cyclegan", "method": cfg.method, "kinds": len(sides.names), "trained_on": fingerprint(data)}, data.skipped)
 
-# %% ../nbs/24_cyclegan.ipynb #143dba82
-CHUNK = 4
-
-
+# %% ../nbs/24_cyclegan.ipynb #56b164bc
 class Converter:
     "Both generators with their weights: `predict` for arrays and volumes"
     def __init__(self,
@@ -260,7 +256,6 @@ class Converter:
     def folder(self, src, out, direction, sharp=False, force=False):
         "Every PNG of a folder, under its name, 8 bit gray; the folder appears whole. Returns how many"
         from PIL import Image
-        from mri_gen.datasets import load_slices
         files = sorted(p for p in Path(src).iterdir() if p.suffix.lower() == ".png" and not p.name.startswith("."))
         if not files: raise UserError(f"{src}: no PNG files; pass a folder of slices, a .npy file or a NIfTI volume")
         images = [check_array(read_png(p)[:, None], str(p), constant=True)[0, 0] for p in files]
@@ -281,7 +276,7 @@ def predict(images, direction, weights=None, device="auto", sharp=False):
     "One call: see `Converter.predict`"
     return Converter(weights, device).predict(images, direction, sharp)
 
-# %% ../nbs/24_cyclegan.ipynb #e6f12a10
+# %% ../nbs/24_cyclegan.ipynb #2a59469d
 METHODS = ("identity", "histogram", "places", "lookup", "trees", "paired", "original", "resnet9", "sharp", "cyclegan")
 RULES, PNG = METHODS[:5], ("identity", "histogram", "places", "lookup", "trees", "png")
 
@@ -303,9 +298,8 @@ def score(y, truth, w, head, cell):
     "Rows of one method and direction: `score_cell` with the correlation (NCC) among them; PSNR and SSIM also by height"
     x, subjects = truth.float()[:, w], truth.column("subject"); rows = score_cell(y, x, subjects, head, cell)
     z = lambda v: (v - v.mean((1, 2), keepdims=True)) / np.maximum(v.std((1, 2), keepdims=True), 1e-9)
-    rows += [dict(subject=str(s), index=i, **head, cell=cell, region="whole", convention="", metric="ncc", value=float(v)) for i, (s, v) in enumerate(zip(subjects, (z(y.astype(np.float64)) * z(x.astype(np.float64))).mean((1, 2))))]
-    where = truth.column("position")
-    return rows + [r | {"cell": f"{cell}, {where[r['index']]}"} for r in rows if r["region"] == "whole" and r["metric"] in ("psnr", "ssim") and where[r["index"]]]
+    rows += [dict(subject=str(s), index=i, **head, cell=cell, region="whole", convention="range=1", metric="ncc", value=float(v)) for i, (s, v) in enumerate(zip(subjects, (z(y.astype(np.float64)) * z(x.astype(np.float64))).mean((1, 2))))]
+    return rows + [r | {"cell": f"{cell}, {p}"} for r in rows if r["region"] == "whole" and r["metric"] in ("psnr", "ssim") and (p := truth.table[r["index"]].get("position"))]
 
 
 def evaluate(
@@ -323,8 +317,8 @@ def evaluate(
     png = data is not None and two_folders(data) is not None; methods = methods or (PNG if png else METHODS)
     if png and rules is None: rules = Rules.fit(load_unpaired(data, splits=("train",)))
     used, main, rules = _methods(methods, weights, rules, device)
-    same = source_id(data) in {n.meta.get("source") for n in used.values() if n is not None}
-    truth = pairs(load_unpaired(data, pattern, per_volume=12, simulated=10, splits=(split,), strangers=None if same else split, seed=1))
+    own = {n.meta.get("source") for n in used.values() if n is not None}
+    truth = pairs(load_unpaired(data, pattern, per_volume=12, simulated=10, splits=(split,), strangers=None if source_id(data) in own else split, seed=1))
     if truth is None: raise UserError(f"{data}: nobody in split {split} has both contrasts; nothing to score against")
     truth = a_few(truth, limit); x = truth.float(); name = str(truth.column("data")[0]); rows, examples, timings = [], {}, {}
     shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), 6) + 2).round().astype(int)[1:-1])
@@ -342,10 +336,10 @@ def evaluate(
 
 def _with_png(e, device):
     "Also what is known of the PNG set, in records of its own, where its weights are shipped and its slices are at hand"
-    try: find_weights("cyclegan", "png")
-    except UserError: return e
-    if not data_dir("t1t2_png"): return e
-    other = evaluate(data_dir("t1t2_png"), device=device); e.records += other.records; e.comparisons += other.comparisons
+    try: find_weights("cyclegan", "png"); other = evaluate(data_dir("t1t2_png"), device=device) if data_dir("t1t2_png") else None
+    except UserError: other = None
+    if other is None: return e
+    e.records += other.records; e.comparisons += other.comparisons
     return e
 
 
@@ -384,7 +378,7 @@ def companions(
     nets = load_weights(kept)[0]; about = lambda k: {"task": "cyclegan", "method": k}
     return {"floors": ({k: v for k, v in nets.items() if k != "trees"}, about("floors"))} | ({"trees": ({"trees": nets["trees"]}, about("trees"))} if "trees" in nets else {})
 
-# %% ../nbs/24_cyclegan.ipynb #00d022a1
+# %% ../nbs/24_cyclegan.ipynb #ca9cefd8
 CARD = dict(
     title="Translation between T1 and T2, learned without pairs",
     use="Turns axial head slices from T1 to T2 or back; arrays of 224x224 pixels of 0.94 mm with the anterior side to the right, or volumes, which are cut into such slices. Intensities per volume in [0,1]. `png`: slices of the original project's set, one head, 181 wide and 217 high.",
@@ -401,9 +395,8 @@ def pictures(
     from mri_gen.figures import compare_figure, forest, grid
     from mri_gen.metrics import pick
     out, x = {}, e.truth.float()[e.shown]; name = str(e.truth.column("data")[0]); who = [f"{e.truth.table[i]['subject']} {e.truth.table[i].get('position', '')}".strip() for i in e.shown]
-    open_ = "pair" not in e.truth.table[0]
     for d, (s, w) in DIRECTIONS.items():
-        cell = d.replace("to", "->"); some = {k: v[cell].astype(np.float32) for k, v in e.examples.items() if k not in ("identity", "histogram", "original", "resnet9")}
+        open_, cell = "pair" not in e.truth.table[0], d.replace("to", "->"); some = {k: v[cell].astype(np.float32) for k, v in e.examples.items() if k not in ("identity", "histogram", "original", "resnet9")}
         if open_: out[f"translated_{d}"] = compare_figure(x[:, w], some, index=list(range(len(x)))[::max(1, len(x) // 3)][:3], labels=who, inputs={CONTRASTS[s]: x[:, s]})
         out[f"scores_{d}"] = forest(pick(e.records, cell=cell, data=name), ("psnr", "ssim", "ncc", "gradient_ratio"), region="whole")
     if open_: out["overview"] = grid([[x[i, s], *(v[d.replace("to", "->")][i].astype(np.float32) for v in e.examples.values()), x[i, w]] for i in range(0, len(x), max(1, len(x) // 2)) for d, (s, w) in DIRECTIONS.items()], col_labels=["input", *e.examples, "truth"], limits=(0, 1), size=1.)

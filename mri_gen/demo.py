@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'LESS', 'say', 'demo_folder', 'once', 'demo_cohort', 'demo_train', 'demo_test_slices', 'shipped', 'demo_page',
-           'demo_inpaint', 'demo_generate', 'demo_preprocess', 'demo_volume', 'demo_impute', 'tour']
+           'demo_inpaint', 'demo_generate', 'demo_preprocess', 'demo_volume', 'demo_impute', 'demo_contrasts',
+           'demo_translate', 'tour']
 
 # %% ../nbs/36_demo.ipynb #c1570218
 import time
@@ -177,6 +178,27 @@ def demo_impute(out, prepared, run, device, n=4):
     return folder, [*lines, f"T1 of {who} completed from T2 and PD with {'the shipped weights' if weights else 'the weights trained just now (none are shipped yet)'}: completed/T1.nii.gz"]
 
 
+# %% ../nbs/36_demo.ipynb #demotranslate
+def demo_contrasts(out):
+    "Slices of simulated heads with both contrasts, once; training takes one of them from each person"
+    from mri_gen.triples import simulated_triples
+    folder = out / "simulated_contrasts"
+    if not (folder / "slices.csv").exists(): save_slices(folder, simulated_triples(6, 8, DEMO["seed"] + 3, spacing=DEMO["raw_spacing"]))
+    return folder
+
+
+def demo_translate(out, folder, run, device):
+    "Translate the people who were not trained on, both ways, and show it; lines to print"
+    from mri_gen import cyclegan
+    from mri_gen.figures import grid, png_bytes
+    from mri_gen.unpaired import DIRECTIONS, load_unpaired, pairs
+    nets = {"trained just now": cyclegan.Converter(run.path, device, mirror=False)} | ({"shipped weights": cyclegan.Converter(None, device)} if shipped("cyclegan") else {})
+    truth = pairs(load_unpaired(folder, splits=("val",))); x = truth.float(); some = np.linspace(0, len(x) - 1, 4).round().astype(int)[1:3]
+    rows = [[x[k, s], *(n.translate(x[k:k + 1, s], d)[0] for n in nets.values()), x[k, w]] for k in some for d, (s, w) in DIRECTIONS.items()]
+    (run.path / "figures").mkdir(exist_ok=True); (run.path / "figures/translated.png").write_bytes(png_bytes(grid(rows, row_labels=list(DIRECTIONS) * len(some), col_labels=["input", *nets, "truth"], limits=(0, 1)), 110, 256))
+    db = {k: np.mean([-10 * np.log10(((n.translate(x[some][:, s], d) - x[some][:, w]) ** 2).mean()) for d, (s, w) in DIRECTIONS.items()]) for k, n in nets.items()}; same = np.mean(-10 * np.log10(((x[some][:, 0] - x[some][:, 1]) ** 2).mean()))
+    return [f"T1 to T2 and back without pairs, {len(some)} slices each way: " + ", ".join(f"{k} {v:.1f} dB" for k, v in db.items()) + f"; the input as it is {same:.1f} dB" + ("" if "shipped weights" in nets else " (no weights are shipped yet)")]
+
 # %% ../nbs/36_demo.ipynb #08795deb
 def tour(
     out,      # folder; an existing demo is refreshed
@@ -192,11 +214,13 @@ def tour(
     raw, new = demo_cohort(out / "simulated_raw", DEMO["raw"], DEMO["seed"] + 2, DEMO["raw_spacing"])
     say(f"2/5 registration and N4 of {DEMO['raw']} raw subjects")
     prepared = demo_preprocess(raw, out / "prepared", new)
-    say("3/5 training inpaint, generate and mmgan for seconds each, only to show the machinery")
+    say("3/5 training inpaint, generate, mmgan and cyclegan for seconds each, only to show the machinery")
     runs = demo_train("inpaint", out, device, simulated=0), demo_train("generate", out, device), demo_train("mmgan", out, device, prepared, **LESS)
-    say("4/5 restoring and scoring a simulated test set, drawing head slices, completing a missing T1")
+    contrasts = demo_contrasts(out); runs += (demo_train("cyclegan", out, device, contrasts, steps=40, val_images=3, log_every=10),)
+    say("4/5 restoring and scoring a simulated test set, drawing head slices, completing a missing T1, translating")
     folder, lines = demo_inpaint(out, runs[0], device); lines += demo_generate(runs[1])
     completed, more = demo_impute(out, prepared, runs[2], device)
+    more += demo_translate(out, contrasts, runs[3], device)
     for line in lines + more: say("  " + line)
     say("5/5 writing the page")
     page = report(out / "report.html", [folder, completed, *(r.path for r in runs)], force=True, title="Demo of mri_gen")

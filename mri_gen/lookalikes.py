@@ -47,14 +47,14 @@ def demons(
             v = smooth(v, fluid); u = smooth(u + v / v.abs().amax((1, 2, 3), keepdim=True).clamp_min(1.), elastic)
     return up(u, size, last)
 
-# %% ../nbs/19_lookalikes.ipynb #1232235b
+# %% ../nbs/19_lookalikes.ipynb #9dbe06f2
 def both(
     x,      # (N,H,W) relative
     way,    # function of (n,H,W), to the other contrast: through a table, or a network
     first,  # is x the first contrast?
 ):
     "(N,2,H,W): T1 and T2, one of them made of the other"
-    y = torch.cat([way(v) for v in x.split(16)])
+    with torch.no_grad(): y = torch.cat([way(v) for v in x.split(16)])
     return torch.stack([x, y] if first else [y, x], 1)
 
 

@@ -7,13 +7,14 @@ __all__ = ['KNOTS', 'TOP', 'GAN_LOSSES', 'Norm', 'drawn_small', 'OriginalTransla
            'knots', 'interpolate', 'Translator', 'OriginalCritic', 'Critic', 'judge_loss', 'fool_loss',
            'structure_loss', 'Pool', 'near_loss', 'render', 'lights', 'jumps']
 
-# %% ../nbs/18_translators.ipynb #986e7c71
+# %% ../nbs/18_translators.ipynb #25e0cd5d
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .baselines import FeatureNet, Features
 from .core import UserError
 from .imputers import BANDS, LEVELS, TONES, Imputer, bands, lsgan_d, lsgan_g, place
 from .layers import UNet, crop_to, pad_to_multiple, zero_
@@ -119,7 +120,7 @@ def interpolate(
     i, w = knots(x)
     return table[i] * (1 - w) + table[i + 1] * w
 
-# %% ../nbs/18_translators.ipynb #ef7aae96
+# %% ../nbs/18_translators.ipynb #6c8f6bee
 class Translator(nn.Module):
     "A table, corrected by a U-Net at a fraction of the size and a head at full size, on relative intensities; a fake, an answer, and a guess of the brightness"
     normalised = True
@@ -138,10 +139,25 @@ class Translator(nn.Module):
         self.local = nn.Conv2d(n + context, head, 3, padding=1)
         self.head = nn.Sequential(nn.SiLU(), nn.Conv2d(head, head, 3, padding=1), nn.SiLU(), zero_(nn.Conv2d(head, 2, 1)))
         for c in (self.local, self.head[1]): nn.init.kaiming_normal_(c.weight, nonlinearity="relu"); nn.init.zeros_(c.bias)
-        self.light = nn.Sequential(nn.Linear(TONES + 2 + len(LEVELS), emb), nn.SiLU(), zero_(nn.Linear(emb, 1)))
+        self.eye = FeatureNet().requires_grad_(False); self.register_buffer("sees", torch.zeros(()))
+        self.light = nn.Sequential(nn.Linear(TONES + 2 + len(LEVELS) + 32, emb), nn.SiLU(), zero_(nn.Linear(emb, 1)))
+
+    def train(self, mode=True): super().train(mode); self.eye.eval(); return self      # its statistics stay as they are
+
+    def open_eye(self):
+        "Take the shipped feature network, which the weights then carry along; without it brightness is guessed from the histogram alone"
+        try: self.eye.load_state_dict(Features(None, "cpu").net.state_dict()); self.sees.fill_(1.)
+        except UserError as e: print(f"brightness is guessed from histograms alone: {e}", flush=True)
+
+    @torch.no_grad()
+    def told(self,
+        x,  # (B,1,H,W) whole slices in [0,1]
+    ):
+        "(B,·) what the guess of the brightness is told: `tones`, and features"
+        with torch.autocast(x.device.type, enabled=False): return torch.cat([tones(x), self.eye(F.interpolate(x.float(), (64, 64), mode="area")) * self.sees], 1)
 
     def log_brightness(self,
-        t,  # (B,·) `tones` of the input
+        t,  # (B,·) of `told`
     ):
         "(B,) natural logarithm of the translated slice's brightness"
         with torch.autocast(t.device.type, enabled=False): return self.light(t.float())[:, 0] - .9
@@ -230,15 +246,15 @@ def structure_loss(
     a, b = mean(x), mean(y); va, vb, ab = mean(x * x) - a * a, mean(y * y) - b * b, mean(x * y) - a * b
     return 1 - (ab * ab / ((va + 1e-3) * (vb + 1e-3))).mean()
 
-# %% ../nbs/18_translators.ipynb #c26335e3
+# %% ../nbs/18_translators.ipynb #a93c20c6
 class Pool:
     "The last fakes with what belongs to each, as tensors that a checkpoint can keep"
     def __init__(self,
         size,        # images; 0: none
-        *shapes,     # of each part, e.g. (1,96,96), ()
+        *shapes,     # of each part, e.g. (1,96,96); (): whole numbers
         device="cpu",
     ):
-        self.size, self.parts = size, [torch.zeros(size, *s, device=device) for s in shapes]
+        self.size, self.parts = size, [torch.zeros(size, *s, device=device, dtype=torch.float32 if s else torch.int64) for s in shapes]
         self.filled = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self, name):
@@ -266,7 +282,7 @@ def near_loss(y, x, kind):
     "Mean absolute error, or decibels / 50 (mean over samples, with a floor at -27 dB), 0-d float32"
     return (y.float() - x).abs().mean() if kind == "l1" else (10 * ((y.float() - x).square().mean((1, 2, 3)) + 2e-3).log10()).mean() / 50
 
-# %% ../nbs/18_translators.ipynb #e7a0b5c1
+# %% ../nbs/18_translators.ipynb #bfd09093
 @torch.no_grad()
 def render(
     net,           # generator
@@ -285,7 +301,7 @@ def render(
 def lights(net, x):
     "((B,) brightness of whole slices, (B,) guessed of their translation); ones for a network that takes intensities as they are"
     if not net.normalised: return (torch.ones(len(x), device=x.device),) * 2
-    t = tones(x); return brightness(t), net.log_brightness(t).exp()
+    t = net.told(x); return brightness(t), net.log_brightness(t).exp()
 
 
 def jumps(

@@ -22,7 +22,7 @@ from .translators import KNOTS, brightness, interpolate, knots, place, tones
 from .pixels import PixelRules
 from .triples import cohort_triples, load_triples
 
-# %% ../nbs/18_unpaired.ipynb #8ffc5af7
+# %% ../nbs/18_unpaired.ipynb #4ddbaeed
 CONTRASTS, DIRECTIONS = ("T1", "T2"), {"T1toT2": (0, 1), "T2toT1": (1, 0)}   # direction -> (channel that is given, channel that is wanted)
 
 
@@ -30,12 +30,9 @@ def halves(
     subjects,  # names
     sites,     # one per name
 ):
-    "{subject: 'T1' or 'T2'}: what each person gives, alternating along a seeded order at each site"
-    out = {}
-    for t in sorted(set(sites)):
-        mine = sorted({s for s, u in zip(subjects, sites) if u == t}, key=lambda s: (mix("half", s), s))
-        out |= {s: CONTRASTS[i % 2] for i, s in enumerate(mine)}
-    return out
+    "{subject: 'T1' or 'T2'}: what each person gives, alternating along a seeded order, site by site"
+    site = dict(zip(subjects, sites))
+    return {s: CONTRASTS[i % 2] for i, s in enumerate(sorted(site, key=lambda s: (site[s], mix("half", s), s)))}
 
 
 def single(
@@ -208,7 +205,7 @@ def place_table(
     d = np.eye(KNOTS); size = float(left.trace()) / KNOTS; free = size * (bend * np.diff(d, 2, axis=0).T @ np.diff(d, 2, axis=0) + slope * np.diff(d, axis=0).T @ np.diff(d, axis=0) + 1e-6 * d)
     return torch.linalg.solve(left + torch.from_numpy(free), right).clamp_min(0).float()
 
-# %% ../nbs/18_unpaired.ipynb #88b6e47a
+# %% ../nbs/18_unpaired.ipynb #43ea435b
 STEP = 96    # levels of a byte in one unit of relative intensity
 
 
@@ -226,6 +223,7 @@ class Sides:
         kinds, self.names = kinds_of(data) if matched and not paired else (np.zeros(len(data), int), ["all"])
         one = lambda i, m: SliceSet(both.images[:, i:i + 1], both.table) if paired else data.subset(modality=m)
         which = lambda m: np.zeros(len(both), int) if paired else kinds[data.column("modality") == m]
+        self.told = None                                                           # of `Translator.told`, for each contrast
         self.likes = None                                                          # for each contrast (N,n,H,W) uint8: see `lookalikes`
         self.paired, self.x = paired, [DeviceData(one(i, m), device) for i, m in enumerate(CONTRASTS)]
         self.kind = [torch.from_numpy(which(m)).to(device) for m in CONTRASTS]
@@ -257,8 +255,8 @@ class Sides:
         flip=.5,          # share that is mirrored left to right
         normalised=True,  # relative intensities
     ):
-        "(images of both (B,1,h,w), place, kinds, tones, log brightness of both, a lookalike of each in the other contrast or None)"
-        at = [i, self.partner(i, u[:, 0])]; x = [s.batch(k) for s, k in zip(self.x, at)]; t = [s[k] for s, k in zip(self.tones, at)]; b = [brightness(v) for v in t]
+        "(images of both (B,1,h,w), place, kinds, tones (or `told`), log brightness of both, a lookalike of each in the other contrast or None)"
+        at = [i, self.partner(i, u[:, 0])]; x = [s.batch(k) for s, k in zip(self.x, at)]; t = [s[k] for s, k in zip(self.told or self.tones, at)]; b = [brightness(v) for v in t]
         likes = None if self.likes is None else [l[k, (u[:, 5] * l.shape[1]).long()][:, None].float() / STEP for l, k in zip(self.likes, at)]
         mirrored = lambda vs: [torch.where(f[:, None, None, None] < flip, v.flip(2), v) for v, f in zip(vs, (u[:, 1], u[:, 1 if self.paired else 2]))]; x, likes = mirrored(x), likes and mirrored(likes)
         if normalised: x = [v / k[:, None, None, None] for v, k in zip(x, b)]
@@ -267,7 +265,7 @@ class Sides:
         cut = lambda v: torch.stack([a[:, r:r + h, c:c + w] for a, (r, c) in zip(v, corner)])
         return [cut(v) for v in x], cut(place(x[0])), [k[j] for k, j in zip(self.kind, at)], t, [v.log() for v in b], likes and [cut(v) for v in likes]
 
-# %% ../nbs/18_unpaired.ipynb #96ae4054
+# %% ../nbs/18_unpaired.ipynb #6008dbe2
 @dataclass
 class Rules:
     "What needs no network: tables without pairs, and pixel rules with pairs"
@@ -297,5 +295,5 @@ class Rules:
         s, w = DIRECTIONS[direction]
         if k == "identity": return x[:, s]
         if k == "histogram": return through(self.tables[k][direction], x[:, s])
-        if k == "places": v, _ = relative(x[:, s:s + 1]); return (interpolate(torch.from_numpy(self.tables[k][direction]), v) * float(self.tables["bright"][direction])).numpy()
+        if k == "places": v, _ = relative(x[:, s:s + 1]); return (interpolate(torch.from_numpy(self.tables[k][direction]), v) * self.tables["bright"][direction].item()).numpy()
         return self.pixel(k, x, (s,), w)
