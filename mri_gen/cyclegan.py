@@ -31,9 +31,9 @@ from .translators import GAN_LOSSES, Critic, OriginalCritic, OriginalTranslator,
 from .triples import a_few
 from .unpaired import CONTRASTS, DIRECTIONS, Rules, Sides, load_unpaired, pairs, two_folders, unpair
 
-# %% ../nbs/24_cyclegan.ipynb #5097d9d6
+# %% ../nbs/24_cyclegan.ipynb #eb1e3fc6
 _OURS = dict(batch_size=4, lr=1e-3, warmup=100, beta1=.5, beta2=.99, ema=.998, channels_last=True, log_every=100, val_every=500, save_every=250)
-_PAPER = dict(batch_size=1, lr=2e-4, lr_end=0., warmup=0, beta1=.5, beta2=.999, weight_decay=0., grad_clip=0., ema=0., precision="fp32", adversarial=1., crop=(0, 0), whole=0., matched=False, near="l1", through=1., identity=5., structure=0., hide=0., lookalikes=0, log_every=100, val_every=1000, save_every=500)
+_PAPER = dict(batch_size=1, lr=2e-4, lr_end=0., warmup=0, beta1=.5, beta2=.999, weight_decay=0., grad_clip=0., ema=0., precision="fp32", adversarial=1., crop=(0, 0), whole=0., matched=False, near="l1", through=1., cycle=10., identity=5., hide=0., lookalikes=0, log_every=100, val_every=1000, save_every=500)
 
 
 class Config(TrainConfig):
@@ -57,17 +57,17 @@ class Config(TrainConfig):
     gan: Literal[GAN_LOSSES] = Field("lsgan", description="adversarial loss: cross-entropy, least squares, hinge")
     adversarial: float = Field(.2, ge=0, description="weight of the discriminators' judgement")
     near: Literal["l1", "psnr"] = Field("psnr", description="what cycle and identity measure: mean absolute error, or decibels / 50, which weigh about as much")
-    cycle: float = Field(10., ge=0, description="weight of the way there and back")
+    cycle: float = Field(5., ge=0, description="weight of the way there and back")
     through: float = Field(0., ge=0, le=1, description="share of the cycle's gradient that reaches the fake: 1 as in the paper; 0: the fake is not rewarded for hiding the input in it")
-    hide: float = Field(.03, ge=0, le=1, description="standard deviation of noise on the fake before it goes back, relative to the brightness")
+    hide: float = Field(.05, ge=0, le=1, description="standard deviation of noise on the fake before it goes back, relative to the brightness")
     identity: float = Field(0., ge=0, description="weight of: what is T2 already stays as it is")
-    structure: float = Field(1., ge=0, description="weight of the local correlation of fake and input")
+    structure: float = Field(0., ge=0, description="weight of the local correlation of fake and input; rewards handing the input back")
     lookalikes: int = Field(3, ge=0, description="slices of other people, bent onto each slice, to learn from; 0: none")
     bend: tuple[int, int] = Field((40, 30), description="iterations of bending at a quarter and at half of the size")
     relook: str = Field("", description="weights (a run, a file, or shipped name) whose answers find the lookalikes, instead of the tables: a second round")
     borrow: float = Field(10., ge=0, description="weight of the distance of the answer to a lookalike")
     borrow_fake: float = Field(.3, ge=0, le=1, description="share of the steps over which the fake learns from lookalikes, too, less and less ...")
-    borrow_keep: float = Field(.1, ge=0, le=1, description="... down to this share of the weight")
+    borrow_keep: float = Field(.3, ge=0, le=1, description="... down to this share of the weight")
     spectral: bool = Field(False, description="discriminators of ours with spectral norm")
     matched: bool = Field(True, description="real slices that fakes are compared with: of the same height and scanner")
     pool: int = Field(50, ge=0, description="fakes that are kept to be shown again; 0: none")
