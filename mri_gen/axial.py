@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['POSITIONS', 'oasis_slices', 'axial_heads', 'simulated_axial', 'load_t1']
 
-# %% ../nbs/18_axial.ipynb #5907de63
+# %% ../nbs/18_axial.ipynb #d5d89859
 import re
 from pathlib import Path
 
 import numpy as np
 
-from .core import UserError
-from .datasets import SliceSet, load_slices, read_png, split_subjects
+from .core import UserError, root
+from .datasets import SliceSet, load_slices, read_png, split_of, split_subjects
 from .slices import sources, with_splits
 
 # %% ../nbs/18_axial.ipynb #4c276535
@@ -38,7 +38,7 @@ def oasis_slices(
     if not images: raise UserError(f"{folder}: no readable slice of OASIS")
     return SliceSet(np.stack(images), table, skipped)
 
-# %% ../nbs/18_axial.ipynb #188e56d9
+# %% ../nbs/18_axial.ipynb #03319bf7
 def axial_heads(
     people,  # iterable of (subject, site, {modality: Volume})
     split,   # {subject: split}
@@ -73,15 +73,18 @@ def load_t1(
     splits=("train", "dev"), seed=None,
 ):
     "T1 slices of these splits, (N,1,H,W)"
-    src = sources(data); s = None
+    s = oasis_slices(data) if data is not None and Path(data).is_dir() else None
+    src = {} if s else sources(data)
     if "slices" in src:
-        s = oasis_slices(src["slices"]) or load_slices(src["slices"])
-        name = Path(src["slices"]).name; s = with_splits(SliceSet(s.images[:, :1], [{"plane": "axial", "data": name} | r for r in s.table], s.skipped))
+        s, name = load_slices(src["slices"]), Path(src["slices"]).name
+        s = with_splits(SliceSet(s.images[:, :1], [{"plane": "axial", "data": name} | r for r in s.table], s.skipped))
     elif "array" in src: s = with_splits(load_slices(src["array"])); s = SliceSet(s.images, [{"data": Path(src["array"]).stem} | r for r in s.table], s.skipped)
     elif "volumes" in src:
         from .datasets import PATTERN, find_volumes, read_cohort
         skipped = []; rows = find_volumes(src["volumes"], pattern or PATTERN, ["T1"]); site = {r["subject"]: r["site"] for r in rows}
-        split = split_subjects(list(site), list(site.values())); s = axial_heads(read_cohort([r for r in rows if split[r["subject"]] in splits], skipped), split, Path(src["volumes"]).name); s.skipped += skipped
+        split = {k: (split_of(k, "ixi_hh_t1_2mm") or split_of(k)) if root() else None for k in site}; new = [k for k, v in split.items() if v is None]
+        split |= split_subjects(new, [site[k] for k in new])
+        s = axial_heads(read_cohort([r for r in rows if split[r["subject"]] in splits], skipped), split, Path(src["volumes"]).name); s.skipped += skipped
     if s is None: print("no data found: simulated heads", flush=True); s = simulated_axial(simulated, splits, seed)
     if min(s.images.shape[2:]) < 16: raise UserError(f"{data}: slices of {s.images.shape[2]}x{s.images.shape[3]}; at least 16x16")
     s = s.subset(split=list(splits))
