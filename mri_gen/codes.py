@@ -193,7 +193,7 @@ def usage(
     p = counts / counts.sum(1, keepdim=True).clamp_min(1)
     return {"perplexity": (-torch.xlogy(p, p).sum(1)).exp().mean(), "active": (counts > 0).float().mean()}
 
-# %% ../nbs/18_codes.ipynb #84c1e3cb
+# %% ../nbs/18_codes.ipynb #dc1ba12a
 def bits_per_pixel(shape, codebook, size):
     "Fixed-length rate of codes of `shape` (..., h, w)"
     return shape[-2] * shape[-1] * math.log2(codebook) / (size[0] * size[1])
@@ -224,7 +224,7 @@ def load_codes(
         except FileNotFoundError: raise UserError(f"{name}: no such file") from None
         except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as e: raise UserError(f"{name}: no readable .npz of codes ({' '.join(str(e).split())[:100]}); write one with `mri_gen predict vqvae --codes`") from None
     if lack := [k for k in ("codes", "size") if k not in d]: raise UserError(f"{name}: holds no {' and no '.join(lack)}; write it with `mri_gen predict vqvae --codes`")
-    c, size, k = np.asarray(d["codes"]), np.asarray(d["size"]).ravel(), int(np.asarray(d.get("codebook", codebook or 0)))
+    c, size, k = np.asarray(d["codes"]), np.asarray(d["size"]).ravel(), int(np.asarray(d.get("codebook", codebook or 0)).ravel()[0])
     if c.dtype.kind not in "iu" or c.ndim != 3 or 0 in c.shape: raise UserError(f"{name}: codes are {c.dtype} of shape {c.shape}; expected whole numbers, (N,h,w), at least one")
     if size.dtype.kind not in "iu" or len(size) != 2 or size.min() < 1 or size.max() > 65536: raise UserError(f"{name}: size is {size.tolist()}; expected (H,W) of the images")
     if codebook and k != codebook: raise UserError(f"{name}: made with {k} codes, these weights have {codebook}; decode with the weights that made it")
