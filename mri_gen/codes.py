@@ -6,9 +6,8 @@
 __all__ = ['STEPS', 'straight_through', 'nearest', 'kmeans', 'ema_update', 'VectorQuantiser', 'ScalarQuantiser',
            'count_codes', 'usage', 'bits_per_pixel', 'save_codes', 'load_codes']
 
-# %% ../nbs/18_codes.ipynb #e7d08ff0
+# %% ../nbs/18_codes.ipynb #d442b81d
 import math, zipfile
-from pathlib import Path
 
 import numpy as np
 import torch

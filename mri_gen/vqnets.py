@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BANDS', 'bands', 'Autoencoder', 'Original', 'ssim_terms']
 
-# %% ../nbs/18_vqnets.ipynb #45a84a74
+# %% ../nbs/18_vqnets.ipynb #ab756d12
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .baselines import blur
-from .codes import ScalarQuantiser, VectorQuantiser
+from .codes import VectorQuantiser
 from .layers import ResBlock, crop_to, depth_to_space, group_norm, pad_to_multiple, space_to_depth
 
 # %% ../nbs/18_vqnets.ipynb #ae509216
