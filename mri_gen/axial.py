@@ -47,8 +47,8 @@ def axial_heads(
     size=224,
 ):
     "Axial T1 slices of volumes, 0.94 mm pixels, anterior to the right, thirds by height as position"
-    from .planes import extract_slices
-    from .volumes import robust_scale
+    from mri_gen.planes import extract_slices
+    from mri_gen.volumes import robust_scale
     images, table = [], []
     for s, site, v in people:
         x = extract_slices(v["T1"], "axial", between=(.3, .92), n=n, size=size); x = np.clip(robust_scale(x, .5, 99.8).apply(x), 0, 1) * .8
@@ -60,8 +60,8 @@ def axial_heads(
 def simulated_axial(subjects, splits=("train", "dev"), seed=None, n=12):
     "The same of simulated heads, made in memory"
     import nibabel as nib
-    from .phantom import RESERVED_SEED, SITES, simulate_subject
-    from .volumes import volume_from
+    from mri_gen.phantom import RESERVED_SEED, SITES, simulate_subject
+    from mri_gen.volumes import volume_from
     names = [f"SIM{i + 1:03d}" for i in range(subjects)]; sites = [SITES[i % len(SITES)] for i in range(subjects)]; split = split_subjects(names, sites)
     t1 = lambda i: {"T1": volume_from(nib.Nifti1Image(*simulate_subject(i + 1, RESERVED_SEED if seed is None else seed)["images"]["T1"]))}
     return axial_heads(((s, sites[i], t1(i)) for i, s in enumerate(names) if split[s] in splits), split, "simulated", n)
@@ -80,7 +80,7 @@ def load_t1(
         s = with_splits(SliceSet(s.images[:, :1], [{"plane": "axial", "data": name} | r for r in s.table], s.skipped))
     elif "array" in src: s = with_splits(load_slices(src["array"])); s = SliceSet(s.images, [{"data": Path(src["array"]).stem} | r for r in s.table], s.skipped)
     elif "volumes" in src:
-        from .datasets import PATTERN, find_volumes, read_cohort
+        from mri_gen.datasets import PATTERN, find_volumes, read_cohort
         skipped = []; rows = find_volumes(src["volumes"], pattern or PATTERN, ["T1"]); site = {r["subject"]: r["site"] for r in rows}
         split = {k: (split_of(k, "ixi_hh_t1_2mm") or split_of(k)) if root() else None for k in site}; new = [k for k, v in split.items() if v is None]
         split |= split_subjects(new, [site[k] for k in new])

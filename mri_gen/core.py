@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UserError', 'Skipped', 'tell_skipped', 'root', 'artifacts_dir', 'data_dir', 'whole', 'locked', 'write_json',
-           'read_json', 'read_rows', 'write_rows', 'read_skipped', 'write_skipped', 'Settings', 'parse_params', 'mix',
-           'mix_arrays', 'source_id', 'generator', 'numpy_generator', 'seed_everything', 'pick_device', 'has_bf16',
-           'pick_precision', 'environment', 'RunFolder']
+           'read_json', 'read_rows', 'write_rows', 'read_skipped', 'write_skipped', 'Checked', 'Settings',
+           'parse_params', 'mix', 'mix_arrays', 'source_id', 'generator', 'numpy_generator', 'seed_everything',
+           'pick_device', 'has_bf16', 'pick_precision', 'environment', 'RunFolder']
 
 # %% ../nbs/00_core.ipynb #0b2262d7
 import contextlib, csv, fcntl, hashlib, json, os, platform, random, shutil, subprocess, sys
@@ -151,10 +151,9 @@ def write_skipped(
     else: (Path(folder) / "skipped.csv").unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #cf4ca831
-class Settings(BaseModel):
-    "Base of every configuration: no unknown key, checked on creation, unchangeable afterwards"
+class Checked(BaseModel):
+    "No unknown key, checked on creation, unchangeable afterwards"
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-    PROFILES: ClassVar[dict] = {}   # name -> settings that differ from the defaults
 
     @classmethod
     def check(cls, **values):
@@ -168,6 +167,11 @@ class Settings(BaseModel):
                 parts.append(f"{key}={x['input']!r}: {x['msg']}{known}" if x["loc"] else x["msg"])
             raise UserError("parameters: " + " | ".join(parts)) from None
 
+
+class Settings(Checked):
+    "Base of every configuration"
+    PROFILES: ClassVar[dict] = {}   # name -> settings that differ from the defaults
+
     @classmethod
     def profile(cls, name, **params):
         "Settings of a profile, changed by `params`; `UserError` names what is unknown or out of bounds"
@@ -175,8 +179,8 @@ class Settings(BaseModel):
         return cls.check(**{**cls.PROFILES[name], **params})
 
     def differs(self, other: dict):
-        "Names of the fields whose value is not the one in `other` (a saved `model_dump(mode='json')`)"
-        mine = self.model_dump(mode="json")
+        "Names of the fields whose value is not the one in `other` (a saved `model_dump(mode='json')`); a field that is younger than the file counts as left at its default"
+        mine, other = self.model_dump(mode="json"), type(self).model_construct().model_dump(mode="json") | other
         return sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SPLIT_COLUMNS', 'PATTERN', 'check_leak', 'make_splits', 'load_splits', 'split_of', 'ixi_name',
-           'split_subjects', 'read_array', 'check_array', 'SliceSet', 'save_slices', 'read_png', 'read_slice',
-           'load_slices', 'find_volumes', 'read_cohort']
+           'split_subjects', 'read_array', 'save_array', 'check_array', 'SliceSet', 'save_slices', 'read_png',
+           'read_slice', 'load_slices', 'find_volumes', 'read_cohort']
 
 # %% ../nbs/06_datasets.ipynb #55f98a4c
-import functools, re
+import functools, io, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,6 +119,11 @@ def read_array(path):
         raise UserError(f"{path}: {why}; save a plain numeric array with numpy.save") from None
     if not isinstance(x, np.ndarray): raise UserError(f"{path}: an .npz archive; save the one array with numpy.save")
     return x
+
+
+def save_array(path, x):
+    "A `.npy` file; a full disk raises an OSError that says so (numpy's own message does not)"
+    b = io.BytesIO(); np.save(b, x); Path(path).write_bytes(b.getbuffer())
 
 
 def check_array(

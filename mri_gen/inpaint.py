@@ -60,7 +60,7 @@ class Config(TrainConfig):
     PROFILES: ClassVar[dict] = {
         "smoke": dict(steps=120, batch_size=8, chs=(16, 32), lr=2e-3, warmup=30, ema=.95, log_every=30, val_every=120, save_every=120, sagittal=24, axial=6, simulated=3),
         "demo": dict(steps=150, batch_size=16, chs=(32, 64), lr=2e-3, warmup=20, ema=.98, log_every=25, val_every=150, save_every=150, sagittal=60, axial=15, simulated=4),
-        "full": dict(_LONG, steps=12000, chs=(64, 128, 256), blocks=2, lr=1.5e-3, ema=.999, sagittal=800, warp_mm=3.),
+        "full": dict(_LONG, steps=11000, chs=(64, 128, 256), blocks=2, lr=1.5e-3, ema=.999),
         "vae": dict(_LONG, method="vae", steps=3000, chs=(48, 96), lr=2e-3, ema=.998),
         "wgan": dict(_LONG, method="wgan", steps=1200, chs=(32, 64), lr=1e-3, beta1=0., beta2=.9, weight_decay=0., ema=.995),
         "original_readme": dict(_ORIGINAL_UNET, weight_decay=.01, beta1=.85, beta2=.98),
@@ -290,7 +290,7 @@ def predict(images, mask="auto", method=None, weights=None, device="auto"):
     return Restorer(method, weights, device).predict(images, mask)
 
 # %% ../nbs/21_inpaint.ipynb #54b847b0
-METHODS = (*CLASSICAL, "ridge", "original_unet", "vae", "wgan", "unet")
+METHODS = (*CLASSICAL, "ridge", "original_vae", "original_unet", "vae", "wgan", "unet")
 
 
 @dataclass

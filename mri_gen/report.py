@@ -150,7 +150,8 @@ def training_text(m, n):
     "One sentence on how a network was trained"
     env, done = n["env"], n["done"]
     return (f"`{m}`: {n['parameters']:,} parameters. {done.get('step', '?')} steps, precision {done.get('precision', '?')}, on {env.get('device_name') or env.get('device')} ({env.get('threads')} threads), "
-            f"{done.get('seconds', 0) / 60:.1f} min in the last session; torch {env.get('packages', {}).get('torch')}, commit {env.get('commit') or 'unknown'}.")
+            f"{done.get('seconds', 0) / 60:.1f} min in the last session; torch {env.get('packages', {}).get('torch')}, commit {env.get('commit') or 'unknown'}." +
+            (f" It went on from shipped weights, which it replaces: {training_text(m, n['began'])}" if n.get("began") else ""))
 
 
 def model_card(
@@ -176,7 +177,7 @@ def model_card(
              *(["Blur raises PSNR: the gradient ratio (gradient energy over the truth's; 1 is right, less is blurred) and LSD (distance of the spectra at 0.25 to 0.5 cycles a pixel) stand beside it.", ""] if "psnr" in show else []),
              "## Training", "", *(line for m, n in networks.items() for line in (training_text(m, n), "")), "Curves: `training.png`, `training.csv`" + (", and the same with the name of the network." if len(networks) > 1 else "."), "",
              "| setting | " + " | ".join(networks if len(networks) > 1 else ["value"]) + " |", "|---" * (1 + len(networks)) + "|", *(f"| {k} | " + " | ".join(str(n["config"].get(k, "–")) for n in networks.values()) + " |" for k in keys), "",
-             *(["## Side experiments", "", "Each at the size that `study.json` states beside its numbers.", "", *(f"![{p.stem}]({p.name})" for p in side), ""] if (side := studies_of(files[network].parent)) else []), "## Limits", "", card["limits"], "", "## Files", "", "| method | file | size |", "|---|---|---|", *(f"| {m} | `{p.name}` | {p.stat().st_size / 1024:.0f} KiB |" for m, p in files.items()), ""]
+             *(["## Side experiments", "", "Each at the size that `study.json` states beside its numbers" + ("; in words: [study.md](study.md)." if (files[network].parent / "study.md").exists() else "."), "", *(f"![{p.stem}]({p.name})" for p in side), ""] if (side := studies_of(files[network].parent)) else []), "## Limits", "", card["limits"], "", "## Files", "", "| method | file | size |", "|---|---|---|", *(f"| {m} | `{p.name}` | {p.stat().st_size / 1024:.0f} KiB |" for m, p in files.items()), ""]
     return "\n".join(lines)
 
 # %% ../nbs/30_report.ipynb #e557daf8
@@ -235,7 +236,9 @@ def publish(
             if m in names: (folder / names[m]).unlink(missing_ok=True)                # it may have had another file name
             names[m] = f"{m}.safetensors"; save_weights(folder / names[m], n, about, half=True)
         write_json(folder / "weights.json", names)
-        networks |= {method: keep_training(folder, run, "" if method == next(iter(names)) else f"_{method}") | dict(config=cfg.model_dump(mode="json"), parameters=sum(int(v.numel()) for n in nets.values() for v in n.values()), splits=counts(prepared))}
+        old, config = networks.get(method), cfg.model_dump(mode="json")
+        began = {"began": old.get("began") if old["config"] == config else old} if cfg.start == "shipped" and old else {}      # published again: what it replaced the first time
+        networks |= {method: keep_training(folder, run, "" if method == next(iter(names)) else f"_{method}") | dict(config=config, parameters=sum(int(v.numel()) for n in nets.values() for v in n.values()), splits=counts(prepared)) | began}
         networks = {m: networks[m] for m in names if m in networks}
         write_json(folder / "networks.json", networks)
         e = task.evaluate(data, "val", None, device=device)
@@ -251,10 +254,10 @@ def studies_of(folder): return sorted([*Path(folder).glob("study_*.png"), *Path(
 
 
 def keep_study(folder, run):
-    "Side experiments that lie in the run (`study.json`, `study/*.png`) replace those of the folder"
+    "Side experiments that lie in the run (`study.json`, `study.md`, `study/*.png`) replace those of the folder"
     if not (run / "study.json").exists(): return
-    for p in studies_of(folder): p.unlink()
-    for p, name in [(run / "study.json", "study.json"), *((p, f"study_{p.name}") for p in studies_of(run))]: shutil.copyfile(p, folder / name)
+    for p in [*studies_of(folder), folder / "study.md"]: p.unlink(missing_ok=True)
+    for p, name in [*((run / n, n) for n in ("study.json", "study.md") if (run / n).exists()), *((p, f"study_{p.name}") for p in studies_of(run))]: shutil.copyfile(p, folder / name)
 
 
 def keep_training(folder, run, suffix):
@@ -429,7 +432,7 @@ def study_html(folder):
     known = [r for r in records if r["metric"] in METRICS]
     cost = lambda part: pairs({r["method"]: r["budget"] for r in known if r["part"] == part and r["budget"]})
     return "".join(["<h3>Side experiments, at the size that each states</h3>" if records else "", *(picture(p, p.stem.removeprefix("study_").replace("_", ", ")) for p in studies_of(folder)),
-                    *(fold(f"{part}: numbers", scroll(table(pick(known, part=part), "html", ["psnr", "ssim", "mae"])) + cost(part)) for part in dict.fromkeys(r["part"] for r in known))])
+                    *(fold(f"{part}: numbers", scroll(table(pick(known, part=part), "html", main_metrics(pick(known, part=part)))) + cost(part)) for part in dict.fromkeys(r["part"] for r in known))])
 
 
 def figures_of(folder):

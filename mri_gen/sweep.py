@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from .core import Settings, UserError, artifacts_dir, locked, mix, numpy_generator, read_json, read_rows, root, whole, write_json, write_rows
+from .core import Checked, UserError, artifacts_dir, locked, mix, numpy_generator, read_json, read_rows, root, whole, write_json, write_rows
 from .train import task_module, train_task
 
 # %% ../nbs/33_sweep.ipynb #4d829f94
-class Range(Settings):
+class Range(Checked):
     "Numbers from low to high"
     low: float
     high: float
@@ -54,7 +54,7 @@ def draw(
     return {key: spec.value(u[key]) if isinstance(spec, Range) else spec[math.floor(u[key] * len(spec))] for key, spec in space.items()}
 
 # %% ../nbs/33_sweep.ipynb #f2088a99
-class Study(Settings):
+class Study(Checked):
     "A search: which task, what to try, what decides"
     study: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="name of the study and of its folder; default: the file's name")
     task: str = Field(description="slug, e.g. inpaint")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from .batches import indices
-from .checkpoint import load_checkpoint, load_into, save_checkpoint, save_weights
+from .checkpoint import find_weights, load_checkpoint, load_into, load_weights, save_checkpoint, save_weights
 from .core import (RunFolder, Settings, UserError, environment, generator, parse_params, pick_device, pick_precision, read_json, read_rows, read_skipped, root, seed_everything, source_id,
                           tell_skipped, whole, write_json, write_rows, write_skipped)
 
@@ -43,6 +43,7 @@ class TrainConfig(Settings):
     log_every: int = Field(50, ge=1, description="steps between log lines")
     val_every: int = Field(500, ge=1, description="steps between validations")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
+    start: str = Field("", description="weights to start from instead of random ones, for more training or for data of your own: a run folder, a file, or shipped")
 
 
 def lr_factor(
@@ -176,6 +177,14 @@ class Loop:
         "`(weights, state)`: all there is to save"
         return {k: n.state_dict() for k, n in self.named().items()}, {"opts": {k: o.state_dict() for k, o in self.job.opts.items()}, "scaler": self.scaler.state_dict(), "task": dict(self.job.state)}
 
+    def begin(self, weights):
+        "Start from the networks of another training: `TrainConfig.start`. What they lack (a critic, say) keeps its random start"
+        path = find_weights(self.job.meta.get("task", "toy"), None if weights == "shipped" else weights)
+        nets, _ = load_weights(path)
+        if not nets.keys() & self.raw.keys(): raise UserError(f"start={weights}: holds {', '.join(nets)}, this training has {', '.join(self.raw)}; name weights of the same kind of network")
+        for name, n in self.named().items():
+            if (k := name.removeprefix("ema.")) in nets: load_into(n, nets[k], path)
+
     def restore(self, weights, state, path):
         "Inverse of `state`; `path` is where they come from"
         for k, n in self.named().items(): load_into(n, weights.get(k, {}), path)
@@ -264,6 +273,7 @@ def fit(
         if done: return {"state": "DONE", **read_json(run / "DONE")}
         seed_everything(cfg.seed, "init")                            # initial weights
         loop = Loop(job() if callable(job) else job, cfg, device)
+        if cfg.start and not found: loop.begin(cfg.start)
         step, sums, count = _restore(loop, found, run) if found else (0, {}, 0)
         log = Log(run, cfg, step, quiet or not main)
         if main: run.mark(None); write_skipped(run.path, loop.job.skipped)

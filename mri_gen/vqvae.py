@@ -344,7 +344,7 @@ def evaluate(
     device="auto", pattern=None,
 ):
     "Encode and decode held-out slices with every method and score them, all positions and each"
-    from .metrics import compare_all, score_table, summarise
+    from mri_gen.metrics import compare_all, score_table, summarise
     got = {}
     try: plain = PatchCodes.load(load_weights(find_weights("vqvae", "patches"))[0]["patches"])
     except UserError: plain = None
@@ -393,7 +393,7 @@ def pictures(
     e,  # Evaluation
 ):
     "name -> Figure, for the card and the report"
-    from .figures import compare_figure
+    from mri_gen.figures import compare_figure
     show = [int(np.flatnonzero(e.truth.column("position") == p)[0]) for p in POSITIONS if p in e.truth.column("position")] or [0]
     named = {f"{m}, {e.rates[m]:.3f} bit/px": y for m, y in e.predictions.items()}
     return {"reconstructions": compare_figure(e.truth.float()[:, 0], named, index=show)}

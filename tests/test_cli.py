@@ -1,5 +1,5 @@
 "The command line: what each command leaves, and one clear line for everything that can be wrong with what it is given"
-import json, os, pickle, re, shutil, subprocess, sys, time
+import json, os, pickle, re, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +76,12 @@ def wrong(call, tmp_path):
 
 # ---------------------------------------------------------------- the program itself
 
-def test_help_is_fast_and_complete():
-    times = []
-    for _ in range(2):
-        t = time.time(); r = subprocess.run([sys.executable, "-m", "mri_gen.cli", "--help"], capture_output=True, text=True, cwd=ROOT); times.append(time.time() - t)
+def test_help_is_complete():
+    r = subprocess.run([sys.executable, "-m", "mri_gen.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0 and all(w in r.stdout for w in "demo simulate run train sweep publish evaluate predict generate report score doctor".split())
-    assert min(times) < 1.5
 
 
-def test_heavy_imports_wait():
+def test_heavy_imports_wait():   # what makes help quick
     r = subprocess.run([sys.executable, "-c", "import sys, mri_gen.cli; print([m for m in ('torch', 'numpy', 'matplotlib', 'papermill', 'pydantic') if m in sys.modules])"], capture_output=True, text=True, cwd=ROOT)
     assert r.stdout.strip() == "[]", r.stdout + r.stderr
 
@@ -458,8 +455,8 @@ def test_demo_leaves_a_strange_folder_alone(wrong, tmp_path):
 @pytest.mark.slow
 def test_demo_twice(call, place, tmp_path, monkeypatch):
     "The whole tour, smaller; a second call refreshes it and simulates and trains nothing"
-    from mri_gen import cli, generate, inpaint
-    monkeypatch.setattr(cli, "DEMO", dict(seed=2026, train=3, test=1, spacing=4.0))
+    from mri_gen import demo, generate, inpaint
+    monkeypatch.setattr(demo, "DEMO", dict(seed=2026, train=3, test=1, spacing=4.0))
     for task in (inpaint, generate): monkeypatch.setitem(task.Config.PROFILES["demo"], "steps", 5)
     for time in (1, 2):
         code, out, err = call("demo", "--out", tmp_path / "demo", "--device", "cpu")
