@@ -300,7 +300,7 @@ def predict_inpaint(
         save_array(tmp, y)
     say(f"{out}: {len(y) if y.ndim > 2 else 1} images {y.shape[-2]}x{y.shape[-1]}, restored by {restorer.method}")
 
-# %% ../nbs/39_cli.ipynb #87f1eb25
+# %% ../nbs/39_cli.ipynb #42449ee1
 def _npy(out, input):
     "Refuse another ending than .npy, and an input that is not there"
     from mri_gen.core import UserError
@@ -318,6 +318,7 @@ def predict_vqvae(
     "Slices through their codes and back."
     from mri_gen.codes import save_codes
     from mri_gen.core import UserError, pick_device, whole
+    from mri_gen.datasets import save_array
     from mri_gen.vqvae import Tokeniser
     pick_device(device); _npy(out, input)
     if codes and codes.suffix != ".npz": raise UserError(f"--codes {codes}: name a .npz file")
@@ -328,7 +329,7 @@ def predict_vqvae(
         if codes: save_codes(codes, *packed, force=force)
     say(f"{out}: {len(packed[0])} images {y.shape[-2]}x{y.shape[-1]}, {t.rate(packed[1]):.4f} bit/pixel" + (f"; codes in {codes}" if codes else ""))
 
-
+# %% ../nbs/39_cli.ipynb #330906f9
 @decode.command("vqvae")
 def decode_vqvae(
     input: Annotated[Path, typer.Argument(metavar="CODES.npz", help="what `mri_gen predict vqvae --codes` wrote")],
@@ -337,6 +338,7 @@ def decode_vqvae(
 ):
     "Codes to slices."
     from mri_gen.core import pick_device, whole
+    from mri_gen.datasets import save_array
     from mri_gen.vqvae import decode_file
     pick_device(device); _npy(out, input)
     with whole(out, force) as tmp: y = decode_file(input, weights, device); save_array(tmp, y)
