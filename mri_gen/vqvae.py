@@ -131,7 +131,7 @@ def augment(
 
 def where_of(table): return torch.tensor([POSITIONS.index(r["position"]) if r.get("position") in POSITIONS else len(POSITIONS) for r in table])
 
-# %% ../nbs/23_vqvae.ipynb #c3a6b916
+# %% ../nbs/23_vqvae.ipynb #ebb05be0
 def load_data(cfg, data=None, pattern=None):
     "Training and dev slices"
     return load_t1(data, pattern, cfg.simulated)
@@ -163,7 +163,7 @@ def job(
         z, codes, g = loop.gather(z), loop.gather(codes), generator(cfg.seed, "codes", loop.step, device=loop.device); moved = torch.zeros((), device=x.device)
         if loop.step == cfg.kmeans and cfg.kmeans: raw.start(z, g)
         elif loop.step > cfg.kmeans: moved = raw.update(z, codes, g)
-        state["counts"] += count_codes(codes, q.codes)
+        if loop.step > cfg.kmeans or not cfg.kmeans: state["counts"] += count_codes(codes, q.codes)
         if (loop.step + 1) * cfg.batch_size // len(train) > loop.step * cfg.batch_size // len(train): state["epoch"].copy_(state["counts"]); state["counts"].zero_()
         return {"loss": loss.detach() + lq.detach(), "reconstruction": loss.detach(), "vq": lq.detach(), "ssim": s, "moved": moved, **{f"epoch_{k}": v for k, v in usage(state["epoch"]).items()}}
 
