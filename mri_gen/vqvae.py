@@ -131,7 +131,7 @@ def augment(
 
 def where_of(table): return torch.tensor([POSITIONS.index(r["position"]) if r.get("position") in POSITIONS else len(POSITIONS) for r in table])
 
-# %% ../nbs/23_vqvae.ipynb #ebb05be0
+# %% ../nbs/23_vqvae.ipynb #cc0675b5
 def load_data(cfg, data=None, pattern=None):
     "Training and dev slices"
     return load_t1(data, pattern, cfg.simulated)
@@ -165,11 +165,13 @@ def job(
         elif loop.step > cfg.kmeans: moved = raw.update(z, codes, g)
         if loop.step > cfg.kmeans or not cfg.kmeans: state["counts"] += count_codes(codes, q.codes)
         if (loop.step + 1) * cfg.batch_size // len(train) > loop.step * cfg.batch_size // len(train): state["epoch"].copy_(state["counts"]); state["counts"].zero_()
-        return {"loss": loss.detach() + lq.detach(), "reconstruction": loss.detach(), "vq": lq.detach(), "ssim": s, "moved": moved, **{f"epoch_{k}": v for k, v in usage(state["epoch"]).items()}}
+        seen = torch.where(state["epoch"].sum() > 0, state["epoch"], state["counts"])                  # before the first whole epoch: what there is
+        return {"loss": loss.detach() + lq.detach(), "loss_reconstruction": loss.detach(), "loss_vq": lq.detach(), "ssim": s, "moved": moved, **{f"epoch_{k}": v for k, v in usage(seen).items()}}
 
     def preview(nets):
-        x = some.batch(np.linspace(0, len(some) - 1, min(8, len(some))).astype(int)); y = nets[name](x)[0]
-        return (torch.cat([torch.cat(list(v[:, 0]), 1) for v in (x, y)])[::2, ::2].clamp(0, 1) * 255).byte().cpu().numpy()
+        x = some.batch(np.linspace(0, len(some) - 1, min(16, len(some))).astype(int)); y = torch.cat([nets[name](v)[0] for v in x.split(4)])
+        rows = [v for k in range(0, len(x) - len(x) % 2, n) for v in (x[k:k + n], y[k:k + n])] if (n := max(1, len(x) // 2)) else []
+        return (torch.cat([torch.cat(list(v[:, 0]), 1) for v in rows])[::2, ::2].clamp(0, 1) * 255).byte().cpu().numpy()
 
     cells = [-(-n // net.cell) for n in size]
     meta = {"task": "vqvae", "method": name, "grid": cells, "rate": bits_per_pixel((q.levels * cells[0], cells[1]), q.codes, size), "trained_on": fingerprint(data)}
@@ -178,12 +180,12 @@ def job(
 
 @torch.no_grad()
 def checks(net, some):
-    "Figures over dev slices: SSIM (7x7), PSNR, perplexity and active codes"
-    n, counts = len(some), 0; s = mse = 0.
+    "Figures over dev slices: SSIM (7x7), that of ten of them (the original's curve), PSNR, perplexity and active codes"
+    n, counts, s = len(some), 0, []; psnr = 0.; ten = np.unique(np.linspace(0, n - 1, 10).round().astype(int))
     for i in range(0, n, 8):
         x = some.batch(np.arange(i, min(i + 8, n))); y, _, codes, _ = net(x); y = y.clamp(0, 1)
-        s += ssim_terms(y, x)[0].mean((1, 2, 3)).sum().item(); mse += (-10 * (y - x).square().mean((1, 2, 3)).clamp_min(1e-10).log10()).sum().item(); counts = counts + count_codes(codes, net.quantiser.codes)
-    return {"ssim": s / n, "psnr": mse / n} | {k: float(v) for k, v in usage(counts).items()}
+        s += ssim_terms(y, x)[0].mean((1, 2, 3)).tolist(); psnr += (-10 * (y - x).square().mean((1, 2, 3)).clamp_min(1e-10).log10()).sum().item(); counts = counts + count_codes(codes, net.quantiser.codes)
+    return {"ssim": sum(s) / n, "ssim_10": sum(s[i] for i in ten) / len(ten), "psnr": psnr / n} | {k: float(v) for k, v in usage(counts).items()}
 
 # %% ../nbs/23_vqvae.ipynb #f2818f42
 @torch.no_grad()
