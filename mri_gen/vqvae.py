@@ -374,7 +374,7 @@ def evaluate(
     e.comparisons = [c | dict(region=r) for r in ("whole", "foreground") for c in compare_all(e.rows, main, ("psnr", "ssim"), region=r)] if main and len(got) > 1 else []
     return e
 
-# %% ../nbs/23_vqvae.ipynb #f3ae73ac
+# %% ../nbs/23_vqvae.ipynb #cf392cb1
 def companions(
     data,  # SliceSet with split train
 ):
@@ -397,5 +397,5 @@ def pictures(
     "name -> Figure, for the card and the report"
     from mri_gen.figures import compare_figure
     show = [int(np.flatnonzero(e.truth.column("position") == p)[0]) for p in POSITIONS if p in e.truth.column("position")] or [0]
-    named = {f"{m}, {e.rates[m]:.3f} bit/px": y for m, y in e.predictions.items()}
-    return {"reconstructions": compare_figure(e.truth.float()[:, 0], named, index=show)}
+    named = {f"{m.replace('_', ' ')}\n{e.rates[m]:.3f} bit/px": y for m, y in e.predictions.items()}
+    return {"reconstructions": compare_figure(e.truth.float()[:, 0], named, index=show, labels=e.truth.column("position"))}
