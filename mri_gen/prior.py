@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .core import UserError, generator
 
-# %% ../nbs/18_prior.ipynb #0415bf5d
+# %% ../nbs/18_prior.ipynb #3f3ba8de
 class Block(nn.Module):
     "Causal self-attention and a perceptron, both as residuals behind a norm (Vaswani et al. 2017; Radford et al. 2019)"
     def __init__(self, dim, heads):
@@ -35,7 +35,7 @@ class Block(nn.Module):
         x = x + self.out(h.transpose(1, 2).reshape(b, n, d))
         return x + self.mlp(self.norm2(x))
 
-
+# %% ../nbs/18_prior.ipynb #a772d48f
 class CodePrior(nn.Module):
     "p(codes | position): sees every earlier cell; inside a cell, every earlier level (Lee et al. 2022)"
     def __init__(self,

@@ -14,7 +14,7 @@ from .baselines import blur
 from .codes import VectorQuantiser
 from .layers import ResBlock, crop_to, depth_to_space, group_norm, pad_to_multiple, space_to_depth
 
-# %% ../nbs/18_vqnets.ipynb #ae509216
+# %% ../nbs/18_vqnets.ipynb #3514e3ef
 BANDS = ((1., 20.), (2., 15.), (4., 12.), (8., 10.), (16., 8.))   # (width [pixels], gain)
 
 
@@ -25,7 +25,7 @@ def bands(x):
         for width, gain in BANDS: low = blur(x, width); out.append((last - low) * gain); last = low
     return torch.cat(out, 1)
 
-
+# %% ../nbs/18_vqnets.ipynb #651d1d9e
 def _trunk(ch, n): return [ResBlock(ch, ch) for _ in range(n)]
 
 
@@ -58,7 +58,7 @@ class Autoencoder(nn.Module):
         z = self.encode(x); q, codes, loss = self.quantiser(z, quantise)
         return self.decode(q, x.shape[2:]), z, codes, loss
 
-
+# %% ../nbs/18_vqnets.ipynb #db2a4267
 class Original(nn.Module):
     "The original project's network: 49,937 parameters"
     cell = 4
