@@ -64,6 +64,8 @@ prepare: $(STAMP)  ## after editing a notebook: clean it, export the modules, re
 readme: $(STAMP)
 	@cd nbs && OMP_NUM_THREADS=1 ../.venv/bin/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace index.ipynb 2> >(grep -v IPKernelApp >&2)
 	@.venv/bin/nbdev_clean --fname nbs/index.ipynb
+	@# the version of Python that ran it is nobody's change
+	@$(PY) -c "from execnb.nbio import read_nb, write_nb; p = 'nbs/index.ipynb'; n = read_nb(p); n.metadata['language_info'] = {'name': 'python'}; write_nb(n, p)"
 	@.venv/bin/jupyter nbconvert --log-level ERROR --to markdown --no-input --stdout nbs/index.ipynb \
 	  | sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9a-z_]+\.ipynb)#](nbs/\1#g' | cat -s > .venv/README.md
 	@cmp -s .venv/README.md README.md || cp .venv/README.md README.md

@@ -6,7 +6,8 @@
 __all__ = ['app', 'predict', 'decode', 'sample', 'download', 'Profile', 'Params', 'Data', 'Force', 'Device', 'Weights', 'message',
            'say_error', 'main', 'existing', 'say', 'download_ixi', 'simulate', 'preprocess', 'train',
            'notebook_parameters', 'execute', 'run', 'sweep', 'publish', 'evaluate', 'report', 'predict_inpaint',
-           'predict_vqvae', 'decode_vqvae', 'sample_vqvae', 'generate', 'score', 'bench', 'doctor', 'demo']
+           'predict_mmgan', 'predict_vqvae', 'decode_vqvae', 'sample_vqvae', 'generate', 'score', 'bench', 'doctor',
+           'demo']
 
 # %% ../nbs/39_cli.ipynb #8931c3e8
 import sys, warnings
@@ -299,6 +300,43 @@ def predict_inpaint(
         y = restorer.predict(str(input), mask)
         save_array(tmp, y)
     say(f"{out}: {len(y) if y.ndim > 2 else 1} images {y.shape[-2]}x{y.shape[-1]}, restored by {restorer.method}")
+
+# %% ../nbs/39_cli.ipynb #mmganpred
+@predict.command("mmgan")
+def predict_mmgan(
+    input: Annotated[Optional[Path], typer.Argument(metavar="IN.npy", help="(N,3,H,W) in the order T1, T2, PD, float in [0,1] or uint8; what stands in missing channels is ignored")] = None,
+    out: Annotated[Optional[Path], typer.Option(metavar="OUT.npy|DIR", help="arrays: float32 in [0,1], the input's shape, available channels bit for bit; volumes: a folder that gets T1.nii.gz ..., on the inputs' grid, in [0,1]")] = None,
+    available: Annotated[Optional[str], typer.Option(metavar="T2,PD", help="arrays: what is there")] = None,
+    t1: Annotated[Optional[Path], typer.Option(help="T1 volume")] = None, t2: Annotated[Optional[Path], typer.Option(help="T2 volume")] = None, pd: Annotated[Optional[Path], typer.Option(help="PD volume, on the same grid")] = None,
+    spread: Annotated[bool, typer.Option("--spread", help="also write the expected absolute error: OUT_spread.npy, or T1_spread.nii.gz")] = False,
+    weights: Weights = None, force: Force = False, device: Device = "auto",
+):
+    "Impute a missing T1, T2 or PD."
+    from contextlib import nullcontext
+    from mri_gen.core import UserError, pick_device, whole
+    from mri_gen.datasets import save_array
+    from mri_gen.mmgan import Completer, parse_available
+    given = {k: existing(v, "file") for k, v in dict(T1=t1, T2=t2, PD=pd).items() if v is not None}; pick_device(device)
+    if out is None: raise UserError("--out: name the result, OUT.npy for arrays or a folder for volumes")
+    if bool(given) == bool(input): raise UserError("pass either IN.npy with --available, or volumes as --t1, --t2, --pd")
+    if input and (available is None or out.suffix != ".npy"): raise UserError("--available: say what is there, e.g. T2,PD" if available is None else f"--out {out}: the result is an array; name a .npy file")
+    parse_available(available if input else ",".join(given)); existing(input, "file")
+    if given and available: raise UserError("--available: belongs to IN.npy; volumes say by their options what they are")
+    if input:
+        with whole(out, force) as tmp, whole(out.with_name(out.stem + "_spread.npy"), force) if spread else nullcontext() as beside:
+            net = Completer(weights, device); got = net.predict(str(input), available, spread=spread)
+            y, *s = got if spread else (got,)
+            save_array(tmp, y)
+            if spread: save_array(beside, s[0])
+        say(f"{out}: {len(y) if y.ndim > 3 else 1} triples {y.shape[-2]}x{y.shape[-1]}, completed from {available} by {net.method}"); return
+    from mri_gen.volumes import write_volume
+    with whole(out, force, ours="*.nii.gz") as tmp:
+        net = Completer(weights, device)
+        got, like = net.volumes(given, spread); tmp.mkdir()
+        for part, suffix in zip(got, ("", "_spread")):
+            for k, v in part.items(): write_volume(tmp / f"{k}{suffix}.nii.gz", v, like)
+    say(f"{out}: {', '.join(f'{k}.nii.gz' for k in got[0])} on the grid of {like.path}, in [0,1], from {','.join(given)} by {net.method}")
+
 
 # %% ../nbs/39_cli.ipynb #42449ee1
 def _npy(out, input):

@@ -130,7 +130,7 @@ def depth_to_space(
     x = x.reshape(b, c // p ** d, *[p] * d, *s)
     return x.permute(0, 1, *[v for i in range(d) for v in (2 + d + i, 2 + i)]).reshape(b, c // p ** d, *[n * p for n in s])
 
-# %% ../nbs/10_layers.ipynb #f4d6f2a0
+# %% ../nbs/10_layers.ipynb #ccf965da
 class UNet(nn.Module):
     "U-Net of residual blocks (Ronneberger et al. 2015; He et al. 2016), 2-D or 3-D, any image size"
     def __init__(self,
@@ -158,10 +158,10 @@ class UNet(nn.Module):
 
     def forward(self,
         x,       # (B, in_ch, ...) spatial axes of any size
-        t=None,  # (B,) time, where `emb_dim` > 0
+        t=None,  # where `emb_dim` > 0: (B,) time, or (B, emb_dim) anything to be told
     ):
         shape, x = x.shape[2:], pad_to_multiple(x, self.multiple)
-        emb = self.time(sinusoidal_embedding(t, self.emb_dim)) if self.time is not None else None
+        emb = self.time(sinusoidal_embedding(t, self.emb_dim) if t.ndim == 1 else t) if self.time is not None else None
         h, skips = self.inp(space_to_depth(x, self.patch)), []
         for i, level in enumerate(self.enc):
             if i: h = self.down[i - 1](h)

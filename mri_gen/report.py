@@ -337,12 +337,11 @@ def describe(env):
 
 # %% ../nbs/30_report.ipynb #d1dad0d7
 def results(folder, records, comparisons, network):
-    "Tables and pictures of one folder, one block for each kind of data: main region first, the rest folded"
-    region, out = main_region(records), []
-    drawings = figures_of(folder)
+    "Tables and pictures of one folder, one block for each kind of data: its main region first, the rest folded"
+    out, drawings = [], figures_of(folder)
     main = main_metrics(records)
     for kind in kinds(records):
-        mine = pick(records, data=kind[0], split=kind[1], cell=kind[2])
+        mine = pick(records, data=kind[0], split=kind[1], cell=kind[2]); region = main_region(mine)
         out.append(f"<h3>{escape(kind[0])}, {escape(kind[2])} ({escape(kind[1])})</h3>\n" + "".join(f"<p>{escape(v)}</p>" for v in verdicts(mine, comparisons, network)))
         out.append(scroll(table(mine, "html", main, region=region)))
         out += [picture(p, caption_of(p.stem)) for p in drawings if p.stem.endswith("_" + stem(kind[0], kind[2])) and not p.stem.startswith("worst_")]

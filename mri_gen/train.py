@@ -179,7 +179,7 @@ class Loop:
 
     def begin(self, weights):
         "Start from the networks of another training: `TrainConfig.start`. What they lack (a critic, say) keeps its random start"
-        path = find_weights(self.job.meta.get("task", "toy"), None if weights == "shipped" else weights)
+        path = find_weights(self.job.meta.get("task", "toy"), self.job.meta.get("method") if weights == "shipped" else weights)
         nets, _ = load_weights(path)
         if not nets.keys() & self.raw.keys(): raise UserError(f"start={weights}: holds {', '.join(nets)}, this training has {', '.join(self.raw)}; name weights of the same kind of network")
         for name, n in self.named().items():

@@ -51,8 +51,10 @@ def test_topics(go, tmp_path):
     assert run.returncode == 0 and "biharmonic, one by one / all at once" in run.stdout and "unet: not measured" in run.stdout, run.stderr
     r = json.loads(out.read_text())
     assert {"biharmonic", "biharmonic, one by one"} <= {x["row"] for x in r["rows"]} and {"unet", "ridge"} <= set(r["skipped"]) and r["unit"] == "images"
+    run = go("mri_gen.cli", "bench", "--topic", "impute", "--profile", "smoke", "--device", "cpu", "--out", out, "--force")
+    assert run.returncode == 0 and "original, 29 M parameters" in run.stdout and "ours: not measured" in run.stdout and "boosted trees: not measured" in run.stdout, run.stderr
     run = go("mri_gen.cli", "bench", "--topic", "cooking")
-    assert (run.returncode, run.stderr.count("\n")) == (1, 1) and "train, restore, generate" in run.stderr
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1) and "train, restore, generate, impute, impute-step" in run.stderr
 
 
 @pytest.mark.slow
