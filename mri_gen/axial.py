@@ -38,7 +38,7 @@ def oasis_slices(
     if not images: raise UserError(f"{folder}: no readable slice of OASIS")
     return SliceSet(np.stack(images), table, skipped)
 
-# %% ../nbs/18_axial.ipynb #03319bf7
+# %% ../nbs/18_axial.ipynb #fa369424
 def axial_heads(
     people,  # iterable of (subject, site, {modality: Volume})
     split,   # {subject: split}
@@ -66,7 +66,7 @@ def simulated_axial(subjects, splits=("train", "dev"), seed=None, n=12):
     t1 = lambda i: {"T1": volume_from(nib.Nifti1Image(*simulate_subject(i + 1, RESERVED_SEED if seed is None else seed)["images"]["T1"]))}
     return axial_heads(((s, sites[i], t1(i)) for i, s in enumerate(names) if split[s] in splits), split, "simulated", n)
 
-
+# %% ../nbs/18_axial.ipynb #0bb86fa8
 def load_t1(
     data=None, pattern=None,  # see `slices.sources`; where volumes lie
     simulated=6,              # subjects, where there is nothing
