@@ -1110,8 +1110,5 @@ d = { 'settings': { 'branch': 'main',
                                      'mri_gen.vqvae_study.drawn_quality': ('vqvae_study.html#drawn_quality', 'mri_gen/vqvae_study.py'),
                                      'mri_gen.vqvae_study.learned_points': ('vqvae_study.html#learned_points', 'mri_gen/vqvae_study.py'),
                                      'mri_gen.vqvae_study.plain_points': ('vqvae_study.html#plain_points', 'mri_gen/vqvae_study.py'),
-                                     'mri_gen.vqvae_study.position_classifier': ( 'vqvae_study.html#position_classifier',
-                                                                                  'mri_gen/vqvae_study.py'),
                                      'mri_gen.vqvae_study.rate_distortion': ('vqvae_study.html#rate_distortion', 'mri_gen/vqvae_study.py'),
-                                     'mri_gen.vqvae_study.rate_figure': ('vqvae_study.html#rate_figure', 'mri_gen/vqvae_study.py'),
-                                     'mri_gen.vqvae_study.small_means': ('vqvae_study.html#small_means', 'mri_gen/vqvae_study.py')}}}
+                                     'mri_gen.vqvae_study.rate_figure': ('vqvae_study.html#rate_figure', 'mri_gen/vqvae_study.py')}}}

@@ -62,7 +62,7 @@ def sample_of(features, subjects, idx):
     n = len(features) // 4; at = np.concatenate([np.asarray(idx) + k * n for k in range(4)])
     return Sample(features[at], np.tile(np.asarray(subjects).astype(str), 4)[at])
 
-# %% ../nbs/19_drawn.ipynb #26c43e0c
+# %% ../nbs/19_drawn.ipynb #4935edde
 def set_distances(
     real, subjects, sites,  # (N,H,W) slices of held-out people and whose they are
     made,       # {name: (N,H,W)}: the same slices reconstructed, row by row
@@ -97,6 +97,7 @@ def words(records):
     floor = v.get(("real", "kernel_distance"))
     for k in dict.fromkeys(m for m, what in v if what == "kernel_distance" and m not in ("real", "blurred real", "drawn")):
         text = f"Kernel distance from other people's slices: real {floor:+.3f}, reconstructions by {k} {v[k, 'kernel_distance']:+.3f}, blurred by 1.5 pixels {v['blurred real', 'kernel_distance']:+.3f}"
-        if ("drawn", "kernel_distance") in v: text += f", drawn {v['drawn', 'kernel_distance']:+.3f}: above real ones, {(v['drawn', 'kernel_distance'] - floor) / max(v[k, 'kernel_distance'] - floor, 1e-9):.1f} times what reconstructions are"
+        far, new = v[k, "kernel_distance"] - floor, v.get(("drawn", "kernel_distance"), floor) - floor
+        if ("drawn", "kernel_distance") in v: text += f", drawn {new + floor:+.3f}; above real ones, " + (f"drawn slices are {new / far:.1f} times as far as reconstructions" if far > 0 < new else "drawn slices are no farther" if new <= 0 else "reconstructions are no farther, drawn slices are")
         out.append(text + ".")
     return out
