@@ -97,7 +97,7 @@ class CodePrior(nn.Module):
         c = codes.flatten(2).mT; l = self(codes, where).float()
         return F.cross_entropy(l.flatten(0, 2), c.flatten(), reduction="none").view(len(c), -1).sum(1) / math.log(2)
 
-# %% ../nbs/18_prior.ipynb #ed93ce5b
+# %% ../nbs/18_prior.ipynb #532679b4
 def choose(
     logits,          # (B,K)
     u,               # (B,) uniform draws in [0,1)
@@ -116,13 +116,13 @@ def choose(
 def draw_codes(
     prior,           # CodePrior, in eval mode
     which,           # numbers of the images
-    where,           # class, one for all
+    where,           # class, one for all or one for each
     seed=0, temperature=1., top_k=None,
 ):
     "(n,L,h,w) codes, cell by cell with cached keys and values"
     which, device = list(which), prior.row.device; (h, w), n, L, T = prior.grid, len(which), prior.levels, math.prod(prior.grid)
     u = torch.stack([torch.rand(T, L, generator=generator(seed, "codes", i)) for i in which]).to(device)
-    c, at = torch.zeros(n, T, L, dtype=torch.long, device=device), torch.full((n,), where, device=device)
+    c, at = torch.zeros(n, T, L, dtype=torch.long, device=device), torch.as_tensor(where, device=device).expand(n)
     size = prior.row.shape[1]; heads = prior.blocks[0].heads
     cache = [[torch.zeros(n, heads, T, size // heads, device=device) for _ in range(2)] for _ in prior.blocks]
     for t in range(T):
