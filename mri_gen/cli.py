@@ -449,7 +449,7 @@ def score(
 @app.command()
 def bench(
     out: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="write rows, ratios, memory and the machine to this file")] = None,
-    topic: Annotated[str, typer.Option(help="what is timed: train (our training step against a plain one), or using a task's networks: restore, generate, impute, impute-step")] = "train",
+    topic: Annotated[str, typer.Option(help="what is timed: train (our training step against a plain one), or using a task's networks: restore, generate, impute, impute-step, quantise, code")] = "train",
     profile: Annotated[str, typer.Option(help="size: full (under 4 minutes), smoke (seconds, says nothing about speed)")] = "full",
     p: Params = None, force: Force = False, device: Device = "auto",
 ):
@@ -484,7 +484,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder; an existing demo is refreshed")] = Path("demo"),
     force: Force = False, device: Device = "auto",
 ):
-    "The whole tour on simulated subjects: restore a test set and complete a missing T1 with the shipped weights, draw heads, train for seconds, report page."
+    "The whole tour on simulated subjects: restore a test set, complete a missing T1 and turn slices into codes with the shipped weights, draw heads, train for seconds, report page."
     from mri_gen.demo import tour
     tour(out, force, device)
 
