@@ -195,10 +195,11 @@ def demo_codes(out, run, prior, device, n=12):
     "Codes of the second cohort and back, scored; one drawn slice for each position; (evaluation folder, lines to print)"
     import dataclasses
     from mri_gen import vqvae
-    from mri_gen.axial import POSITIONS, load_t1
+    from mri_gen.axial import POSITIONS, axial_heads
     from mri_gen.codes import save_codes
+    from mri_gen.datasets import find_volumes, read_cohort
     from mri_gen.figures import grid, save_figure
-    s = load_t1(out / "simulated_test", splits=("train", "dev", "val")); s = SliceSet(s.images, [r | dict(split="val", data="simulated") for r in s.table])
+    rows = find_volumes(out / "simulated_test", modalities=["T1"]); s = axial_heads(read_cohort(rows), {r["subject"]: "val" for r in rows}, "simulated")      # nobody here was trained on
     save_slices(out / "simulated_axial", s.subset(np.linspace(0, len(s) - 1, n).round().astype(int)), force=True)
     weights = shipped("vqvae"); score = lambda w, methods: vqvae.evaluate(out / "simulated_axial", "val", w, methods, device=device, draw=False)
     mine, e = score(run.path, ("vqvae",)), score(None, ("block_mean", "vqvae") if weights else ("block_mean",))
