@@ -21,7 +21,7 @@ def place(tmp_path_factory):
     from mri_gen.datasets import SliceSet, save_slices
     d = tmp_path_factory.mktemp("vqvae"); x = drawn(); old = os.environ.pop("MRI_GEN_DATA", None)
     split, position = ("train", "train", "train", "train", "dev", "val"), ("low", "mid", "high")
-    save_slices(d / "slices", SliceSet(np.round(x[:, None] * 255).astype(np.uint8), [dict(subject=f"TOY{i % 6}", site="", slice=i, split=split[i % 6], position=position[i % 3], plane="axial", data="drawn") for i in range(24)]))
+    save_slices(d / "slices", SliceSet(np.round(x[:, None] * 255).astype(np.uint8), [dict(subject=f"TOY{i % 6}", site="", slice=i, split=split[i % 6], position=position[(i + i // 6) % 3], plane="axial", data="drawn") for i in range(24)]))
     base = ["--data", d / "slices", "--out", d, "--device", "cpu"]; small = lambda *p: [w for v in p for w in ("-p", v)]
     assert main(["train", "vqvae", *small("steps=14", "chs=[8,8]", "codes=16", "precision=fp32", "val_every=14", "save_every=7"), *base, "--name", "ae"]) == 0
     assert main(["train", "vqvae", "--profile", "prior_smoke", *small("steps=4", f"autoencoder={d / 'ae'}", "precision=fp32"), *base, "--name", "prior"]) == 0
@@ -73,6 +73,20 @@ def test_samples(call, place, tmp_path):
     x = np.load(tmp_path / "a/samples.npy"); assert x.shape == (5, 48, 48) and x.dtype == np.float32 and 0 <= x.min() and x.max() <= 1 and (tmp_path / "a/grid.png").exists()
     assert call(*a, "--n", 2, "--position", "mid", "--temperature", 1, "--out", tmp_path / "b")[0] == 0
     assert (np.load(tmp_path / "b/samples.npy") == x[:2]).all(), "an image depends on how many are drawn"
+
+
+def test_evaluation_draws(place, tmp_path, monkeypatch):
+    "Where a prior is shipped, it is judged by what it draws; too few people for distances of sets are said, not an error"
+    import json, shutil
+    from mri_gen import report, vqvae
+    folder = tmp_path / "root/artifacts/vqvae"; folder.mkdir(parents=True); monkeypatch.setenv("MRI_GEN_ROOT", str(tmp_path / "root"))
+    for name, run in (("vqvae", "ae"), ("prior", "prior")): shutil.copyfile(place / run / "weights.safetensors", folder / f"{name}.safetensors")
+    (folder / "weights.json").write_text(json.dumps({"vqvae": "vqvae.safetensors", "prior": "prior.safetensors"}))
+    e = vqvae.evaluate(place / "slices", "val", None, ("block_mean", "vqvae"), device="cpu")
+    assert set(e.drawn) == {"low", "mid", "high"} and {r["metric"] for r in e.records if r["cell"] == "drawn"} >= {"position_agreement", "memorised"} and "vqvae, by its prior" in e.rates
+    records = report.save_evaluation(tmp_path / "e", e, vqvae, "vqvae")
+    assert {"samples.png", "usage-vqvae.png", "reconstructions.png"} <= {p.name for p in (tmp_path / "e/figures").iterdir()}
+    assert any("classifier is right" in v for v in report.verdicts(records, e.comparisons, "vqvae")) and "right position" in report.results(tmp_path / "e", records, e.comparisons, "vqvae")
 
 
 def test_bad_input(wrong, place, tmp_path):
