@@ -373,6 +373,7 @@ CARD = dict(
     title="Imputation of a missing T1, T2 or PD",
     use="Completes axial head slices with one or two of T1, T2 and PD available, registered to each other; arrays of 224x224 pixels of 0.94 mm with the anterior side to the right, or volumes on one grid, which are cut into such slices. Intensities per volume in [0,1].",
     source="ixi",
+    region="whole",   # as published numbers on these data are
     data="IXI (brain-development.org), CC BY-SA 3.0: three axial slices (skull base, middle, vertex) of each person, registered to PD, scaled per volume by minimum and maximum. Subjects by data/splits.csv; `val` subjects were never trained on or chosen by.",
     limits="Healthy adults of three London scanners; slices at three heights only, others are extrapolation (measured on simulated heads in 52_mmgan). The brightness of the missing volume is a guess. What the available modalities do not show is not in the result: a lesion visible in the missing modality alone is lost, and one may be smoothed. Not for clinical use.",
 )
