@@ -24,9 +24,11 @@ from .train import source_id, task_module
 
 # %% ../nbs/30_report.ipynb #7ee8da5d
 def main_region(records):
-    "'hole' where pixels were missing, else 'foreground', else whatever there is"
+    "What the card of their task names; else 'hole' where pixels were missing, else 'foreground', else whatever there is"
     names = [r["region"] for r in records]
-    return next((n for n in ("hole", "foreground") if n in names), names[0] if names else "whole")
+    try: said = {getattr(task_module(r), "CARD", {}).get("region") for r in {r["task"] for r in records}}
+    except UserError: said = ()      # records of a task of another version
+    return next((n for n in (*said, "hole", "foreground") if n in names), names[0] if names else "whole")
 
 
 def main_metrics(records):
@@ -139,7 +141,7 @@ def verdicts(
         best = max(rest, key=lambda r: r["mean"])
         ci = lambda r: f" [{number(r['lo'])}, {number(r['hi'])}]" if r["lo"] is not None else ""
         text = f"{data} ({split}, {cell}; {own['n_subjects']} subjects, {own['n_images']} images), PSNR in region {region}: {network} {number(own['mean'])} dB{ci(own)}, best other method {best['method']} {number(best['mean'])} dB{ci(best)}"
-        c = next((c for c in comparisons if c["method"] == best["method"] and c.get("data", data) == data and c.get("cell", cell) == cell and c["reference"] == network and c.get("metric", "psnr") == "psnr"), None)
+        c = next((c for c in comparisons if c["method"] == best["method"] and c.get("data", data) == data and c.get("cell", cell) == cell and c.get("region", region) == region and c["reference"] == network and c.get("metric", "psnr") == "psnr"), None)
         if c and c["diff"] is not None:
             text += f"; paired difference {number(-c['diff'], 2, True)} dB" + (f" [{number(-c['hi'], 2, True)}, {number(-c['lo'], 2, True)}]" if c["lo"] is not None else "")
             text += f", Wilcoxon p = {c['p_holm']:.2g} after Holm's correction" + (f" ({c['note']})" if c.get("note") else "")
