@@ -138,7 +138,7 @@ def plain_losses(cfg):
         yield cfg.method, cfg.pixel * loss + cfg.adversarial * lsgan_g(critic(y, c, m))
     return losses
 
-
+# %% ../nbs/35_bench_tasks.ipynb #b3fe0d1a
 STEPS = {f"{name}{how}": (profile, settings) for name, profile in (("ours", "full"), ("original", "original"))
          for how, settings in (("", dict(precision="auto")), (", fp32", dict(precision="fp32")), (", plain", None))}   # row -> (profile, settings of our engine; None: the plain script)
 
