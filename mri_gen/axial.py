@@ -24,7 +24,7 @@ def oasis_slices(
     folder,  # holds keras_png_slices_train and the others
 ):
     "OASIS slices as a `SliceSet`; None where this is no such folder"
-    folder = Path(folder); there = {s: folder / f"keras_png_slices_{k}" for k, s in _OASIS.items()}
+    folder = Path(folder).parent if Path(folder).name.startswith("keras_png_slices_") and Path(folder).name != "keras_png_slices_data" else Path(folder); there = {s: folder / f"keras_png_slices_{k}" for k, s in _OASIS.items()}
     if not any(p.is_dir() for p in there.values()): return None
     images, table, skipped = [], [], []
     for split, p in there.items():
@@ -36,6 +36,7 @@ def oasis_slices(
             except UserError as e: skipped.append(dict(subject=m[1], file=str(f), reason=str(e))); continue
             table.append(dict(subject=f"case{m[1]}", site="", slice=int(m[2]), position="", split=split, plane="axial", data="oasis"))
     if not images: raise UserError(f"{folder}: no readable slice of OASIS")
+    if len(sizes := {v.shape for v in images}) > 1: raise UserError(f"{folder}: slices of different sizes, {' and '.join('x'.join(map(str, v[1:])) for v in sorted(sizes)[:2])}; OASIS has one")
     return SliceSet(np.stack(images), table, skipped)
 
 # %% ../nbs/18_axial.ipynb #fa369424
@@ -51,7 +52,7 @@ def axial_heads(
     from mri_gen.volumes import robust_scale
     images, table = [], []
     for s, site, v in people:
-        x = extract_slices(v["T1"], "axial", between=(.3, .92), n=n, size=size); x = np.clip(robust_scale(x, .5, 99.8).apply(x), 0, 1) * .8
+        x = extract_slices(v["T1"], "axial", between=(.3, .92), n=n, size=size); x = np.clip(robust_scale(x, .5, 99.8).apply(x), 0, 1) * .8      # .8: about where the white matter of `ixi_slices`, scaled by minimum and maximum, lies
         images.append(np.round(np.rot90(x, -1, (1, 2)) * 255).astype(np.uint8))
         table += [dict(subject=s, site=site, slice=i, position=POSITIONS[3 * i // n], split=split[s], plane="axial", data=data) for i in range(n)]
     return SliceSet(np.concatenate(images)[:, None], table)

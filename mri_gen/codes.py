@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'straight_through', 'nearest', 'kmeans', 'ema_update', 'quan
            'load_codes']
 
 # %% ../nbs/18_codes.ipynb #d442b81d
-import math, zipfile
+import math, zipfile, zlib
 
 import numpy as np
 import torch
@@ -245,13 +245,15 @@ def load_codes(
     else:
         name = str(path)
         try:
-            with np.load(path, allow_pickle=False) as z: d = {k: z[k] for k in z.files}
+            with np.load(path, allow_pickle=False) as z: d = {k: z[k] for k in ("codes", "size", "codebook") if k in z.files}
         except FileNotFoundError: raise UserError(f"{name}: no such file") from None
-        except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as e: raise UserError(f"{name}: no readable .npz of codes ({' '.join(str(e).split())[:100]}); write one with `mri_gen predict vqvae --codes`") from None
+        except (OSError, ValueError, EOFError, AttributeError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as e: raise UserError(f"{name}: no readable .npz of codes ({' '.join(str(e).split())[:100]}); write one with `mri_gen predict vqvae --codes`") from None
     if lack := [k for k in ("codes", "size") if k not in d]: raise UserError(f"{name}: holds no {' and no '.join(lack)}; write it with `mri_gen predict vqvae --codes`")
-    c, size, k = np.asarray(d["codes"]), np.asarray(d["size"]).ravel(), int(np.asarray(d.get("codebook", codebook or 0)).ravel()[0])
+    c, size, k = np.asarray(d["codes"]), np.asarray(d["size"]).ravel(), np.asarray(d.get("codebook", codebook or 0)).ravel()
     if c.dtype.kind not in "iu" or c.ndim != 3 or 0 in c.shape: raise UserError(f"{name}: codes are {c.dtype} of shape {c.shape}; expected whole numbers, (N,h,w), at least one")
     if size.dtype.kind not in "iu" or len(size) != 2 or size.min() < 1 or size.max() > 65536: raise UserError(f"{name}: size is {size.tolist()}; expected (H,W) of the images")
+    if k.dtype.kind not in "iu" or len(k) != 1 or k[0] < 2: raise UserError(f"{name}: codebook is {k.tolist()[:3]}; expected one number, how many codes there are")
+    k = int(k[0])
     if codebook and k != codebook: raise UserError(f"{name}: made with {k} codes, these weights have {codebook}; decode with the weights that made it")
     if c.min() < 0 or c.max() >= k: raise UserError(f"{name}: codes from {c.min()} to {c.max()}; expected 0 to {k - 1}")
     return c.astype(np.int64), (int(size[0]), int(size[1])), k

@@ -26,7 +26,7 @@ SET_METRICS = {  # of a whole set of images, not of each: `distances`
     "position_agreement": ("right position", "", "high", 2), "intensity_distance": ("intensity distance", "", "low", 3), "spectrum_distance": ("spectrum distance", "dB", "low", 2)}
 STUDY_METRICS = {  # of one person or one experiment
     "psnr_subject_gain": ("PSNR, one gain for each subject", "dB", "high", 2), "contrast_kept": ("share of the contrast kept", "", "one", 2), "dice": ("Dice", "", "high", 3), "volume_ratio": ("volume over the truth's", "", "one", 2),
-    "spread_over_error": ("spread over error", "", "one", 2), "rank_correlation": ("rank correlation", "", "high", 2), "coverage_of_90": ("held by the 90 % interval", "", None, 2), "hole_variance": ("variance in the holes over the truth's", "", "one", 2), "bits_per_pixel": ("bit/pixel", "", "low", 4)}
+    "spread_over_error": ("spread over error", "", "one", 2), "rank_correlation": ("rank correlation", "", "high", 2), "coverage_of_90": ("held by the 90 % interval", "", None, 2), "hole_variance": ("variance in the holes over the truth's", "", "one", 2), "bits_per_pixel": ("bit/pixel", "", "low", 4), "codes_used": ("codes in use", "", "high", 3), "perplexity": ("perplexity", "", None, 0)}
 METRICS = IMAGE_METRICS | SET_METRICS | STUDY_METRICS
 
 # %% ../nbs/02_metrics.ipynb #222d21d6

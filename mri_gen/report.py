@@ -242,7 +242,7 @@ def publish(
         write_json(folder / "weights.json", names)
         old, config = networks.get(method), cfg.model_dump(mode="json")
         began = {"began": old.get("began") if old["config"] == config else old} if cfg.start == "shipped" and old else {}      # published again: what it replaced the first time
-        networks |= {method: keep_training(folder, run, "" if method == next(iter(names)) else f"_{method}") | dict(config=config, parameters=sum(int(v.numel()) for n in nets.values() for v in n.values()), splits=counts(prepared)) | began}
+        networks |= {method: keep_training(folder, run, "" if method == next(iter(names)) else f"_{method}") | dict(config=config, parameters=sum(int(v.numel()) for k, n in nets.items() if k != "autoencoder" or method == k for v in n.values()), splits=counts(prepared)) | began}
         networks = {m: networks[m] for m in names if m in networks}
         write_json(folder / "networks.json", networks)
         e = task.evaluate(data, "val", None, device=device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'PRIORS', 'METHODS', 'RULES', 'NETWORKS', 'verdicts', 'CARD', 'Config', 'autoencoder', 'build',
            'augment', 'where_of', 'load_data', 'job', 'prior_job', 'Tokeniser', 'pretrained', 'decode_file', 'Sampler',
-           'sample', 'Evaluation', 'evaluate', 'companions', 'pictures']
+           'sample', 'Evaluation', 'evaluate', 'coded', 'companions', 'pictures']
 
 # %% ../nbs/23_vqvae.ipynb #4dd2b1ff
 import math, time
@@ -22,9 +22,9 @@ from .axial import POSITIONS, load_t1
 from .batches import DeviceData
 from .checkpoint import find_weights, load_into, load_weights
 from .codes import ScalarQuantiser, VectorQuantiser, bits_per_pixel, count_codes, load_codes, usage, usage_figure
-from .core import UserError, generator, pick_device, whole
+from .core import UserError, generator, mix_arrays, pick_device, whole
 from .datasets import SliceSet, check_array, read_array
-from .drawn import agreement, set_distances, words
+from .drawn import quality, words
 from .patches import PatchCodes, block_mean
 from .prior import CodePrior, PixelCNN, draw_codes, draw_pixelcnn
 from .slices import fingerprint
@@ -43,13 +43,13 @@ class Config(TrainConfig):
         "demo": dict(steps=150, batch_size=12, chs=(24, 48), blocks=1, codes=64, levels=3, dim=12, lr=3e-3, warmup=10, ema=.95, kmeans=25, crop=(64, 64), log_every=25, val_every=150, save_every=150, simulated=6, val_images=12),
         "full": dict(_LONG, steps=7000),
         "low": dict(_LONG, method="low", steps=7000, levels=2),
-        "gradient": dict(_LONG, method="gradient", steps=3000),
-        "fsq": dict(_LONG, method="fsq", steps=3000),
-        "fine": dict(_LONG, method="fine", steps=3000, cell=4, codes=128, levels=1),
+        "gradient": dict(_LONG, method="gradient", steps=7000),
+        "fsq": dict(_LONG, method="fsq", steps=7000),
+        "fine": dict(_LONG, method="fine", steps=7000, cell=4, codes=128, levels=1),
         "original": dict(_ORIGINAL, steps=200),
         "prior": dict(method="prior", steps=4000, batch_size=4, lr=1e-3, beta2=.98, warmup=200, weight_decay=.05, ema=.995, log_every=50, val_every=500, save_every=250),
         "prior_smoke": dict(method="prior", steps=30, batch_size=4, width=32, depth=2, warmup=5, ema=.9, log_every=10, val_every=30, save_every=30, simulated=4, val_images=6),
-        "original_prior": dict(method="original_prior", steps=300, batch_size=16, lr=3e-4, lr_end=1., beta2=.999, warmup=0, weight_decay=0., grad_clip=0., ema=0., precision="fp32", autoencoder="original"),
+        "original_prior": dict(method="original_prior", steps=300, batch_size=16, lr=3e-4, lr_end=1., beta2=.999, warmup=0, weight_decay=0., grad_clip=0., ema=0., precision="fp32", flip=0., autoencoder="original"),
     }
     method: Literal["vqvae", "low", "gradient", "fsq", "fine", "original", "prior", "original_prior"] = Field("vqvae", description="vqvae: our autoencoder; low: at two thirds of the rate; gradient, fsq, fine: with another quantiser or grid; original: the original's; prior, original_prior: over the codes of an autoencoder")
     chs: tuple[int, ...] = Field((64, 128), min_length=1, max_length=2, description="channels at 1/4 and at 1/8 of the size")
@@ -184,7 +184,8 @@ def prior_job(cfg, data, device):
         b = torch.cat([nets[cfg.method].bits(a, w) for a, w in zip(held.split(4), held_where.split(4))]).mean().item()
         return {"bits": b / per, "rate": b / pixels}
 
-    meta = {"task": "vqvae", "method": cfg.method, "autoencoder": {"config": about["config"], "grid": about["grid"], "method": about["method"]}, "size": list(data.images.shape[2:]), "trained_on": fingerprint(data)}
+    meta = {"task": "vqvae", "method": cfg.method, "autoencoder": {"config": about["config"], "grid": about["grid"], "method": about["method"]}, "size": list(data.images.shape[2:])}
+    meta |= {"trained_on": f"{fingerprint(data)}, {mix_arrays(*(v.numpy() for v in weights[about['method']].values())):016x}", "positions": sorted({r["position"] for r in parts["train"].table} & set(POSITIONS))}      # other codes are other data
     return Job(nets, {cfg.method: adamw(nets[cfg.method], cfg)}, step, n, validate, meta=meta, skipped=data.skipped)
 
 # %% ../nbs/23_vqvae.ipynb #4efd610d
@@ -194,7 +195,7 @@ class Tokeniser:
         weights=None,  # see `find_weights`
         device="auto",
     ):
-        path = find_weights("vqvae", weights); nets, self.meta = load_weights(path)
+        path = find_weights("vqvae", weights); nets, self.meta = load_weights(path); self.nets = nets
         if self.meta.get("task") != "vqvae": raise UserError(f"{path}: holds weights of {self.meta.get('task')}/{self.meta.get('method')}, not of vqvae")
         self.device, prior = pick_device(device), self.meta.get("method") in PRIORS
         about = self.meta["autoencoder"] if prior else self.meta; self.method = about["method"]
@@ -246,7 +247,7 @@ def decode_file(path, weights=None, device="auto"):
 class Sampler(Tokeniser):
     "A prior and its autoencoder: draws slices"
     def __init__(self, weights=None, device="auto"):
-        path = find_weights("vqvae", weights or "prior"); super().__init__(path, device); nets, _ = load_weights(path)
+        path = find_weights("vqvae", weights or "prior"); super().__init__(path, device); nets = self.nets
         kind = self.meta["method"]; self.grid = tuple(self.meta.get("autoencoder", {}).get("grid", ()))
         if kind not in PRIORS: raise UserError(f"{path}: holds {kind}, which draws nothing; train one with `mri_gen train vqvae --profile prior`")
         self.prior = _with_prior(Config.check(**self.meta["config"]), self.meta["autoencoder"])[kind].to(self.device).eval(); load_into(self.prior, nets[kind], path)
@@ -255,7 +256,9 @@ class Sampler(Tokeniser):
         "(n,H,W) float32 in [0,1]; position low, mid or high, one for all or a list; None: as they come"
         asked = list(position) if isinstance(position, (list, tuple)) else [position]
         if wrong := [p for p in asked if p not in (None, *POSITIONS)]: raise UserError(f"--position {wrong[0]}: use {', '.join(POSITIONS)}")
-        if not 0 <= temperature <= 2: raise UserError(f"--temperature {temperature}: use 0 to 2")
+        if wrong := [p for p in asked if p and p not in self.meta.get("positions", POSITIONS)]: raise UserError(f"--position {wrong[0]}: this prior never saw a slice called that; leave it out")
+        if len(asked) not in (1, len(which)): raise UserError(f"{len(asked)} positions for {len(which)} slices; give one, or one for each")
+        if temperature and not .01 <= temperature <= 2: raise UserError(f"--temperature {temperature}: use .01 to 2, or 0 for the most probable code")
         if top_k is not None and top_k < 1: raise UserError(f"--top-k {top_k}: at least 1")
         if isinstance(self.prior, CodePrior): c = draw_codes(self.prior, which, [POSITIONS.index(p) if p else len(POSITIONS) for p in asked], seed, temperature, top_k)
         elif any(asked): raise UserError(f"--position {asked[0]}: the original's prior knows no position; leave it out")
@@ -327,29 +330,34 @@ def evaluate(
     x, size = truth.float()[:, 0], truth.images.shape[2:]; e = Evaluation([], [], [], truth, {}, truth.skipped)
     for m, t in got.items():
         start = time.perf_counter(); y = t.decode(c := t.encode(x), size) if t is not None else block_mean(x) if m == "block_mean" else plain.decode(plain.encode(x), size, m == "kmeans_linear"); e.timings[m] = (time.perf_counter() - start) / len(x); e.predictions[m] = y
-        e.rates[m] = 7 / 16 if t is None else t.rate(size)
+        e.rates[m] = t.rate(size) if t is not None else bits_per_pixel([-(-n // 4) for n in size], 128, size)
         if t is not None: e.counts[m] = count_codes(torch.from_numpy(c.reshape(len(c), t.levels, -1, c.shape[-1])), t.codes); e.used[m] = {k: float(v) for k, v in usage(e.counts[m]).items()}
         for cell in ("all", *POSITIONS):
             idx = np.arange(len(x)) if cell == "all" else np.flatnonzero(truth.column("position") == cell)
             if len(idx): e.rows += score_table(y[idx], x[idx], truth.column("subject")[idx], task="vqvae", method=m, data=str(truth.column("data")[0]), split=split, cell=cell)
-    e.records = summarise(e.rows); main = first.method if "first" in locals() else None
+    e.records = summarise(e.rows) + [r for m in e.predictions for r in coded(e, m)]; main = first.method if "first" in locals() else None
     if weights is None: _with_samples(e, data, pattern, split, device, draw)
     e.comparisons = [c | dict(region=r) for r in ("whole", "foreground") for c in compare_all(e.rows, main, ("psnr", "ssim"), region=r)] if main and len(got) > 1 else []
     return e
 
 # %% ../nbs/23_vqvae.ipynb #f4f8b5db
+def coded(e, m):
+    "Records of method m's rate and of the codes in use, of the slices of an Evaluation"
+    found = {"bits_per_pixel": e.rates[m]} | ({"codes_used": e.used[m]["active"], "perplexity": e.used[m]["perplexity"]} if m in e.used else {})
+    return [dict(task="vqvae", method=m, data=str(e.truth.column("data")[0]), split=str(e.truth.column("split")[0]), cell="all", region="whole", convention="", metric=k, mean=float(v), lo=None, hi=None, n_subjects=len(e.truth.subjects), n_images=len(e.truth)) for k, v in found.items()]
+
+
 def _with_samples(e, data, pattern, split, device, draw):
     "Rate by the shipped prior, and what it draws: pictures and records in e"
-    try: s = Sampler("prior", device)
+    try: find_weights("vqvae", "prior")
     except UserError: return
-    x, where, at = e.truth.float()[:, 0], where_of(e.truth.table), e.truth.column("position")
+    s = Sampler("prior", device); x, where, at = e.truth.float()[:, 0], where_of(e.truth.table), e.truth.column("position")
     if s.method not in e.predictions or list(x.shape[1:]) != s.meta["size"]: return
-    e.rates[f"{s.method}, by its prior"] = s.bits(x, where)
-    if not draw or not set(POSITIONS) <= set(at): return
+    name = f"{s.method}, by its prior"; e.rates[name] = s.bits(x, where); e.records += coded(e, name)
+    if not draw or not set(POSITIONS) <= set(at) & set(s.meta.get("positions", POSITIONS)): return
     n = -(-(len(x) // 2 + 1) // len(POSITIONS)); e.drawn = {p: s(range(n), p) for p in POSITIONS}
-    e.records += agreement(e.drawn, load_t1(data, pattern, 10, ("train",)), e.truth, split)
-    try: e.records += set_distances(x, e.truth.column("subject"), e.truth.column("site"), {s.method: e.predictions[s.method]}, np.concatenate(list(e.drawn.values())), split, str(e.truth.column("data")[0]))
-    except UserError as why: print(f"no distances of sets: {why}")
+    records, why = quality(e.drawn, load_t1(data, pattern, 10, ("train",)), e.truth, {s.method: s.decode(s.encode(x), x.shape[1:])}, split); e.records += records      # reconstructed by the autoencoder that decodes the drawn
+    print(*why, sep="\n", end="\n" if why else "")
 
 
 verdicts = words   # of records that are not about single images
@@ -359,7 +367,7 @@ def companions(
     data,  # SliceSet with split train
 ):
     "Fitted patches that are shipped beside the networks: method -> (nets, meta) for `save_weights`"
-    return {"patches": ({"patches": PatchCodes.fit(data.subset(split="train").float()[:, 0]).state()}, {"task": "vqvae", "method": "patches"})}
+    return {"patches": ({"patches": PatchCodes.fit(data.subset(split="train").float()[:, 0], images=400).state()}, {"task": "vqvae", "method": "patches"})}
 
 
 CARD = dict(

@@ -102,23 +102,34 @@ def test_bad_codes(wrong, place, tmp_path):
     f = tmp_path / "c.npz"; go = lambda says: wrong("decode", "vqvae", f, "--out", tmp_path / "y.npy", "--weights", place / "ae", says=["c.npz", says])
     good = dict(codes=np.zeros((2, 12, 6), np.uint8), size=np.array([48, 48]), codebook=np.array(16))
     go("no such file"); f.write_bytes(b"PK\3\4 nothing"); go("no readable"); np.savez(f, **{k: v for k, v in good.items() if k != "size"}); go("no size")
-    for k, v, says in (("codes", good["codes"] + 16, "0 to 15"), ("codes", good["codes"][0], "whole numbers"), ("codes", good["codes"] * .5, "whole numbers"), ("codes", good["codes"][:, :5], "need (N,12,6)"), ("codebook", np.array(128), "made with 128 codes"), ("size", np.array([48, 0]), "size is"), ("size", np.array([480, 48]), "need (N,120,6)"), ("codes", np.array([{}], object), "no readable")):
+    for k, v, says in (("codes", good["codes"] + 16, "0 to 15"), ("codes", good["codes"][0], "whole numbers"), ("codes", good["codes"] * .5, "whole numbers"), ("codes", good["codes"][:, :5], "need (N,12,6)"), ("codebook", np.array(128), "made with 128 codes"), ("codebook", np.array([]), "codebook is"), ("codebook", np.array(16.5), "codebook is"), ("codebook", np.array([16, 99]), "codebook is"), ("size", np.array([48, 0]), "size is"), ("size", np.array([480, 48]), "need (N,120,6)"), ("codes", np.array([{}], object), "no readable")):
         np.savez(f, **good | {k: v}); go(says)
+    np.savez_compressed(f, **good); raw = bytearray(f.read_bytes()); at = raw.index(b"codes.npy") + 20; raw[at:at + 30] = bytes(30); f.write_bytes(raw); go("no readable")
     assert not (tmp_path / "y.npy").exists()
+
+
+def test_another_autoencoder(place, tmp_path):
+    "A prior knows the codes of one autoencoder: it goes on with no other"
+    from mri_gen import vqvae
+    from mri_gen.checkpoint import load_weights, save_weights
+    nets, meta = load_weights(place / "ae/weights.safetensors"); k = next(iter(nets["vqvae"])); nets["vqvae"][k] = nets["vqvae"][k] + .01; save_weights(tmp_path / "other.safetensors", nets, meta)
+    jobs = [vqvae.job(c := vqvae.Config.profile("prior_smoke", autoencoder=str(a)), vqvae.load_data(c, place / "slices")) for a in (place / "ae", tmp_path / "other.safetensors")]
+    assert jobs[0].meta["trained_on"] != jobs[1].meta["trained_on"] and jobs[0].meta["positions"] == ["high", "low", "mid"]
 
 
 def test_bad_samples(wrong, place, tmp_path):
     a = ["sample", "vqvae", "--weights", place / "prior", "--device", "cpu", "--out", tmp_path / "s"]
-    wrong(*a, "--n", 0, says="--n 0"); wrong(*a, "--position", "top", says="low, mid, high"); wrong(*a, "--temperature", 5, says="0 to 2"); wrong(*a, "--top-k", 0, says="at least 1")
+    wrong(*a, "--n", 0, says="--n 0"); wrong(*a, "--position", "top", says="low, mid, high"); wrong(*a, "--temperature", 5, says=".01 to 2"); wrong(*a, "--temperature", "1e-300", says=".01 to 2"); wrong(*a, "--top-k", 0, says="at least 1")
     wrong("sample", "vqvae", "--weights", place / "ae", "--out", tmp_path / "s", says="draws nothing")
     assert not (tmp_path / "s").exists()
 
 
 def test_resume(place, tmp_path):
-    "Codebook and counts are in the checkpoint: 6 + 8 steps end in the bytes of 14 in one go"
-    from mri_gen.train import fit
+    "Codebook and counts are in the checkpoint: 6 (the codebook begins at 2) + 8 steps end in the bytes of 14 in one go"
     from mri_gen import vqvae
-    cfg = vqvae.Config.profile("smoke", steps=14, chs=[8, 8], codes=16, precision="fp32", val_every=14, save_every=6)
+    from mri_gen.core import read_rows
+    from mri_gen.train import fit
+    cfg = vqvae.Config.profile("smoke", steps=14, chs=[8, 8], codes=16, precision="fp32", kmeans=2, val_every=14, save_every=6)
     data = vqvae.load_data(cfg, place / "slices"); make = lambda: vqvae.job(cfg, data)
     class Halt(Exception): pass
     def halting():
@@ -131,3 +142,4 @@ def test_resume(place, tmp_path):
     with pytest.raises(Halt): fit(halting, cfg, tmp_path / "b", "cpu", threads=1, quiet=True)
     fit(make, cfg, tmp_path / "b", "cpu", quiet=True); fit(make, cfg, tmp_path / "a", "cpu", threads=1, quiet=True)
     assert (tmp_path / "a/weights.safetensors").read_bytes() == (tmp_path / "b/weights.safetensors").read_bytes()
+    last = [[r[k] for k in ("epoch_perplexity", "epoch_active", "moved")] for r in (read_rows(tmp_path / n / "metrics.csv")[-1] for n in "ab")]; assert last[0] == last[1] and float(last[0][0]) > 1
