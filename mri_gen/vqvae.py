@@ -260,10 +260,13 @@ class Sampler(Tokeniser):
         if len(asked) not in (1, len(which)): raise UserError(f"{len(asked)} positions for {len(which)} slices; give one, or one for each")
         if temperature and not .01 <= temperature <= 2: raise UserError(f"--temperature {temperature}: use .01 to 2, or 0 for the most probable code")
         if top_k is not None and top_k < 1: raise UserError(f"--top-k {top_k}: at least 1")
-        if isinstance(self.prior, CodePrior): c = draw_codes(self.prior, which, [POSITIONS.index(p) if p else len(POSITIONS) for p in asked], seed, temperature, top_k)
-        elif any(asked): raise UserError(f"--position {asked[0]}: the original's prior knows no position; leave it out")
-        else: c = draw_pixelcnn(self.prior, self.grid, which, seed, temperature, top_k)
-        return self.decode(c.flatten(1, 2).cpu().numpy(), self.meta["size"])
+        ours = isinstance(self.prior, CodePrior); where = [POSITIONS.index(p) if p else len(POSITIONS) for p in asked * (len(which) if len(asked) == 1 else 1)]; out = []
+        if not ours and any(asked): raise UserError(f"--position {next(filter(None, asked))}: the original's prior knows no position; leave it out")
+        for i in range(0, len(which), 4):                                                             # always four at a time, so that no image depends on how many are drawn
+            some = [*range(i, min(i + 4, len(which)))]; some += some[-1:] * (4 - len(some)); these = [which[k] for k in some]
+            c = draw_codes(self.prior, these, [where[k] for k in some], seed, temperature, top_k) if ours else draw_pixelcnn(self.prior, self.grid, these, seed, temperature, top_k)
+            out.append(c[:len(which) - i].flatten(1, 2).cpu().numpy())
+        return self.decode(np.concatenate(out), self.meta["size"])
 
     @torch.no_grad()
     def bits(self, x, where):
@@ -281,8 +284,7 @@ def sample(
     if not 1 <= n <= 10000: raise UserError(f"--n {n}: use 1 to 10000")
     s = Sampler(weights, device)
     with whole(out, force, "samples.npy") as tmp:
-        x = np.concatenate([s(range(i, min(i + 16, n)), position, seed, temperature, top_k) for i in range(0, n, 16)])
-        tmp.mkdir(); np.save(tmp / "samples.npy", x); k = math.ceil(math.sqrt(n)); x = np.concatenate([x, np.zeros((-n % k, *x.shape[1:]), x.dtype)])
+        x = s(range(n), position, seed, temperature, top_k); tmp.mkdir(); np.save(tmp / "samples.npy", x); k = math.ceil(math.sqrt(n)); x = np.concatenate([x, np.zeros((-n % k, *x.shape[1:]), x.dtype)])
         Image.fromarray(np.round(np.concatenate([np.concatenate(list(r), 1) for r in x.reshape(-1, k, *x.shape[1:])]) * 255).astype(np.uint8)).save(tmp / "grid.png")
     return Path(out)
 
