@@ -33,7 +33,7 @@ def main_region(records):
 
 def main_metrics(records):
     "What a table of these records shows first"
-    some = [m for m in ("psnr", "ssim", "mae", "gradient_ratio", "lsd") if any(r["metric"] == m for r in records)]
+    some = [m for m in ("psnr", "ssim", "mae", "gradient_ratio", "lsd", "bits_per_pixel", "codes_used") if any(r["metric"] == m for r in records)]
     return some or list(dict.fromkeys(r["metric"] for r in records))
 
 

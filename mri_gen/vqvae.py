@@ -344,9 +344,9 @@ def evaluate(
 
 # %% ../nbs/23_vqvae.ipynb #f4f8b5db
 def coded(e, m):
-    "Records of method m's rate and of the codes in use, of the slices of an Evaluation"
+    "Records of method m's rate and of the codes in use; the same for every region, so that each table has them"
     found = {"bits_per_pixel": e.rates[m]} | ({"codes_used": e.used[m]["active"], "perplexity": e.used[m]["perplexity"]} if m in e.used else {})
-    return [dict(task="vqvae", method=m, data=str(e.truth.column("data")[0]), split=str(e.truth.column("split")[0]), cell="all", region="whole", convention="", metric=k, mean=float(v), lo=None, hi=None, n_subjects=len(e.truth.subjects), n_images=len(e.truth)) for k, v in found.items()]
+    return [dict(task="vqvae", method=m, data=str(e.truth.column("data")[0]), split=str(e.truth.column("split")[0]), cell="all", region=region, convention="", metric=k, mean=float(v), lo=None, hi=None, n_subjects=len(e.truth.subjects), n_images=len(e.truth)) for region in ("whole", "foreground") for k, v in found.items()]
 
 
 def _with_samples(e, data, pattern, split, device, draw):
