@@ -113,10 +113,9 @@ def words(records):
     v = {(r["method"], r["metric"]): r["mean"] for r in records}; out = []
     if ("drawn", "position_agreement") in v: out.append(f"The classifier is right on {v['real', 'position_agreement']:.0%} of real held-out slices and takes {v['drawn', 'position_agreement']:.0%} of the drawn ones for what was asked.")
     if ("drawn", "memorised") in v: out.append(f"{v['drawn', 'memorised']:.0%} of the drawn slices lie nearer to a training slice than the nearest twentieth of held-out ones does.")
-    floor = v.get(("real", "kernel_distance"))
+    d = lambda m, what="kernel": v.get((m, f"{what}_distance"))
     for k in dict.fromkeys(m for m, what in v if what == "kernel_distance" and m not in ("real", "blurred real", "drawn")):
-        text = f"Kernel distance from other people's slices: real {floor:+.3f}, reconstructions by {k} {v[k, 'kernel_distance']:+.3f}, blurred by 1.5 pixels {v['blurred real', 'kernel_distance']:+.3f}"
-        far, new = v[k, "kernel_distance"] - floor, v.get(("drawn", "kernel_distance"), floor) - floor
-        if ("drawn", "kernel_distance") in v: text += f", drawn {new + floor:+.3f}" + (f", {(new + floor) / (far + floor):.1f} times that of reconstructions" if far + floor > 0 else "") + "; above real ones, " + (f"drawn slices are {new / far:.1f} times as far as reconstructions" if far > 0 < new else "drawn slices are no farther" if new <= 0 else "reconstructions are no farther, drawn slices are")
-        out.append(text + ".")
+        new, way = d("drawn"), d("blurred real") - d("real")
+        out.append(f"Kernel distance from other people's slices: real {d('real'):+.3f}, reconstructions by {k} {d(k):+.3f}, blurred by 1.5 pixels {d('blurred real'):+.3f}" + (f", drawn {new:+.3f}" if new is not None else "") + f". Of the way from real to blurred slices, reconstructions go {(d(k) - d('real')) / way:.0%}" + (f", drawn slices {(new - d('real')) / way:.0%}" if new is not None else "") + ".")
+        if d("drawn", "frechet") is not None: out.append(f"Fréchet distance: real {d('real', 'frechet'):.3f}, reconstructions by {k} {d(k, 'frechet'):.3f}, drawn {d('drawn', 'frechet'):.3f}, {d('drawn', 'frechet') / d(k, 'frechet'):.1f} times that of reconstructions.")
     return out

@@ -235,6 +235,7 @@ def publish(
     if meta.get("source", source_id(data)) != source_id(data): raise UserError(f"{run}: was trained on other data than {data or 'what is found without --data'}; pass the same --data")
     with put_back(folder):
         prepared = task.load_data(cfg, data)
+        if hasattr(task, "slim"): nets, meta = task.slim(nets, meta)
         todo = {method: (nets, meta)} | (task.companions(prepared) if hasattr(task, "companions") else {})
         for m, (n, about) in todo.items():
             if m in names: (folder / names[m]).unlink(missing_ok=True)                # it may have had another file name

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'PRIORS', 'METHODS', 'RULES', 'NETWORKS', 'verdicts', 'CARD', 'Config', 'autoencoder', 'build',
-           'augment', 'where_of', 'load_data', 'job', 'prior_job', 'Tokeniser', 'pretrained', 'decode_file', 'Sampler',
-           'sample', 'Evaluation', 'evaluate', 'coded', 'companions', 'pictures']
+           'augment', 'identity', 'where_of', 'load_data', 'job', 'prior_job', 'Tokeniser', 'pretrained', 'decode_file',
+           'Sampler', 'sample', 'Evaluation', 'evaluate', 'coded', 'companions', 'slim', 'pictures']
 
 # %% ../nbs/23_vqvae.ipynb #4dd2b1ff
 import math, time
@@ -121,6 +121,11 @@ def augment(
     return torch.stack([v[:, i:i + h, j:j + w] for v, (i, j) in zip(x, ij)])
 
 
+def identity(tensors):
+    "Hash of an autoencoder's parameters in half precision: a prior knows the codes of this one only"
+    return f"{mix_arrays(*((tensors[k].half() if tensors[k].is_floating_point() else tensors[k]).numpy() for k in sorted(tensors))):016x}"
+
+
 def where_of(table): return torch.tensor([POSITIONS.index(r["position"]) if r.get("position") in POSITIONS else len(POSITIONS) for r in table])
 
 # %% ../nbs/23_vqvae.ipynb #b6edc2c5
@@ -185,7 +190,7 @@ def prior_job(cfg, data, device):
         return {"bits": b / per, "rate": b / pixels}
 
     meta = {"task": "vqvae", "method": cfg.method, "autoencoder": {"config": about["config"], "grid": about["grid"], "method": about["method"]}, "size": list(data.images.shape[2:])}
-    meta |= {"trained_on": f"{fingerprint(data)}, {mix_arrays(*(v.numpy() for v in weights[about['method']].values())):016x}", "positions": sorted({r["position"] for r in parts["train"].table} & set(POSITIONS))}      # other codes are other data
+    meta |= {"trained_on": f"{fingerprint(data)}, {identity(weights[about['method']])}", "positions": sorted({r["position"] for r in parts["train"].table} & set(POSITIONS))}      # other codes are other data
     return Job(nets, {cfg.method: adamw(nets[cfg.method], cfg)}, step, n, validate, meta=meta, skipped=data.skipped)
 
 # %% ../nbs/23_vqvae.ipynb #4efd610d
@@ -201,6 +206,9 @@ class Tokeniser:
         about = self.meta["autoencoder"] if prior else self.meta; self.method = about["method"]
         try: self.cfg = Config.check(**about["config"]); self.net = autoencoder(self.cfg).to(self.device).eval()
         except (KeyError, UserError) as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
+        if prior and "autoencoder" not in nets:                                                       # shipped beside it, see `slim`
+            path = find_weights("vqvae", self.method); nets = {"autoencoder": load_weights(path)[0].get(self.method, {})}
+            if identity(nets["autoencoder"]) != about["identity"]: raise UserError(f"{path}: the shipped prior knows the codes of another autoencoder; train and publish a prior for this one")
         load_into(self.net, nets.get("autoencoder" if prior else self.method, {}), path)
         self.codes, self.levels, self.cell = self.net.quantiser.codes, self.net.quantiser.levels, self.net.cell
 
@@ -370,6 +378,15 @@ def companions(
 ):
     "Fitted patches that are shipped beside the networks: method -> (nets, meta) for `save_weights`"
     return {"patches": ({"patches": PatchCodes.fit(data.subset(split="train").float()[:, 0], images=400).state()}, {"task": "vqvae", "method": "patches"})}
+
+
+def slim(nets, meta):
+    "What is shipped of a run: a prior without its autoencoder, where the same one is shipped under its own name"
+    about = meta.get("autoencoder")
+    try: shipped = load_weights(find_weights("vqvae", about["method"]))[0][about["method"]] if "autoencoder" in nets else None
+    except (UserError, KeyError): shipped = None
+    if shipped is None or (name := identity(shipped)) != identity(nets["autoencoder"]): return nets, meta
+    return {k: v for k, v in nets.items() if k != "autoencoder"}, meta | {"autoencoder": about | {"identity": name}}
 
 
 CARD = dict(

@@ -79,11 +79,18 @@ def test_evaluation_draws(place, tmp_path, monkeypatch):
     "Where a prior is shipped, it is judged by what it draws; too few people for distances of sets are said, not an error"
     import json, shutil
     from mri_gen import report, vqvae
+    from mri_gen.checkpoint import load_weights, save_weights
+    from mri_gen.core import UserError
     folder = tmp_path / "root/artifacts/vqvae"; folder.mkdir(parents=True); monkeypatch.setenv("MRI_GEN_ROOT", str(tmp_path / "root"))
     for name, run in (("vqvae", "ae"), ("prior", "prior")): shutil.copyfile(place / run / "weights.safetensors", folder / f"{name}.safetensors")
     (folder / "weights.json").write_text(json.dumps({"vqvae": "vqvae.safetensors", "prior": "prior.safetensors"}))
     e = vqvae.evaluate(place / "slices", "val", None, ("block_mean", "vqvae"), device="cpu")
     assert set(e.drawn) == {"low", "mid", "high"} and {r["metric"] for r in e.records if r["cell"] == "drawn"} >= {"position_agreement", "memorised"} and "vqvae, by its prior" in e.rates
+    nets, meta = load_weights(folder / "prior.safetensors"); thin = vqvae.slim(nets, meta); assert set(thin[0]) == {"prior"}; before = vqvae.Sampler(None, "cpu")(range(2), "low")
+    save_weights(folder / "prior.safetensors", *thin); assert (vqvae.Sampler(None, "cpu")(range(2), "low") == before).all()      # its autoencoder comes from the file beside it
+    other, about = load_weights(folder / "vqvae.safetensors"); k = next(iter(other["vqvae"])); other["vqvae"][k] = other["vqvae"][k] + .01; save_weights(folder / "vqvae.safetensors", other, about)
+    with pytest.raises(UserError, match="another autoencoder"): vqvae.Sampler(None, "cpu")
+    assert set(vqvae.slim(nets, meta)[0]) == {"prior", "autoencoder"}
     records = report.save_evaluation(tmp_path / "e", e, vqvae, "vqvae")
     assert {"samples.png", "usage-vqvae.png", "reconstructions.png"} <= {p.name for p in (tmp_path / "e/figures").iterdir()}
     assert any("classifier is right" in v for v in report.verdicts(records, e.comparisons, "vqvae")) and "right position" in report.results(tmp_path / "e", records, e.comparisons, "vqvae")
