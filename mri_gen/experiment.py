@@ -69,7 +69,7 @@ def study_page(
         found = read_json(folder / f"{part}.json"); cost = {r["method"]: r["budget"] for r in found["records"] if r.get("budget")}
         lines += [f"## {part.capitalize()}", "", *(f"- {v}" for v in found["verdicts"]), ""]
         lines += [line for p in sorted([*folder.glob(f"{part}.png"), *folder.glob(f"{part}_*.png")]) for line in (f"![{p.stem.replace('_', ' ')}](study_{p.name})", "")]
-        if cost: lines += ["| network | trained |", "|---|---|", *(f"| {k} | {v} |" for k, v in cost.items()), ""]
+        if cost: lines += ["| network | trained |", "|---|---|", *(f"| {', '.join(k for k in cost if cost[k] == v)} | {v} |" for v in dict.fromkeys(cost.values())), ""]
     return "\n".join(lines)
 
 

@@ -190,7 +190,8 @@ def compare_figure(
         e = bar(axes[2 * r + 1, -2], err, "error" if signed else "|error|", "neither" if every.max(initial=0) <= top else "both" if signed else "max")
         axes[2 * r, 0].set_ylabel(labels[i] if labels is not None else f"image {i}")
     where = "whole image" if mask is None else "missing pixels"
-    axes[1, 0].set_visible(True); axes[1, 0].text(.5, .5, f"PSNR: {where}\n{'signed' if signed else 'absolute'} errors,\none scale:\n{elim[0]:g} to {top:g}", ha="center", va="center", fontsize=6.5, color=".35", transform=axes[1, 0].transAxes)
+    if cols[0] not in p: axes[1, 0].set_visible(True); axes[1, 0].text(   # an input has no error: its place is free
+        .5, .5, f"PSNR: {where}\n{'signed' if signed else 'absolute'} errors,\none scale:\n{elim[0]:g} to {top:g}", ha="center", va="center", fontsize=6.5, color=".35", transform=axes[1, 0].transAxes)
     return fig
 
 # %% ../nbs/03_figures.ipynb #90aa6684

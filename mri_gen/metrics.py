@@ -23,10 +23,10 @@ IMAGE_METRICS = {  # name -> (heading, unit, better, digits)
 SET_METRICS = {  # of a whole set of images, not of each: `distances`
     "kernel_distance": ("kernel distance", "", "low", 3), "kernel_ratio": ("kernel distance over that of real halves", "", "low", 2), "frechet_distance": ("Fréchet distance", "", "low", 2), "density": ("density", "", "one", 2), "coverage": ("coverage", "", "high", 2),
     "memorised": ("share memorised", "", "low", 3), "memorised_features": ("share memorised, by features", "", "low", 3),
-    "intensity_distance": ("intensity distance", "", "low", 3), "spectrum_distance": ("spectrum distance", "dB", "low", 2)}
+    "position_agreement": ("right position", "", "high", 2), "intensity_distance": ("intensity distance", "", "low", 3), "spectrum_distance": ("spectrum distance", "dB", "low", 2)}
 STUDY_METRICS = {  # of one person or one experiment
     "psnr_subject_gain": ("PSNR, one gain for each subject", "dB", "high", 2), "ncc": ("correlation", "", "high", 3), "contrast_kept": ("share of the contrast kept", "", "one", 2), "dice": ("Dice", "", "high", 3), "volume_ratio": ("volume over the truth's", "", "one", 2),
-    "spread_over_error": ("spread over error", "", "one", 2), "rank_correlation": ("rank correlation", "", "high", 2), "coverage_of_90": ("held by the 90 % interval", "", None, 2), "hole_variance": ("variance in the holes over the truth's", "", "one", 2)}
+    "spread_over_error": ("spread over error", "", "one", 2), "rank_correlation": ("rank correlation", "", "high", 2), "coverage_of_90": ("held by the 90 % interval", "", None, 2), "hole_variance": ("variance in the holes over the truth's", "", "one", 2), "bits_per_pixel": ("bit/pixel", "", "low", 4), "codes_used": ("codes in use", "", "high", 3), "perplexity": ("perplexity", "", None, 0)}
 METRICS = IMAGE_METRICS | SET_METRICS | STUDY_METRICS
 
 # %% ../nbs/02_metrics.ipynb #222d21d6

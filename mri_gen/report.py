@@ -24,14 +24,16 @@ from .train import source_id, task_module
 
 # %% ../nbs/30_report.ipynb #7ee8da5d
 def main_region(records):
-    "'hole' where pixels were missing, else 'foreground', else whatever there is"
+    "What the card of their task names; else 'hole' where pixels were missing, else 'foreground', else whatever there is"
     names = [r["region"] for r in records]
-    return next((n for n in ("hole", "foreground") if n in names), names[0] if names else "whole")
+    try: said = {getattr(task_module(r), "CARD", {}).get("region") for r in {r["task"] for r in records}}
+    except UserError: said = ()      # records of a task of another version
+    return next((n for n in (*said, "hole", "foreground") if n in names), names[0] if names else "whole")
 
 
 def main_metrics(records):
     "What a table of these records shows first"
-    some = [m for m in ("psnr", "ssim", "mae", "gradient_ratio", "lsd") if any(r["metric"] == m for r in records)]
+    some = [m for m in ("psnr", "ssim", "mae", "gradient_ratio", "lsd", "bits_per_pixel", "codes_used") if any(r["metric"] == m for r in records)]
     return some or list(dict.fromkeys(r["metric"] for r in records))
 
 
@@ -128,9 +130,10 @@ def verdicts(
     network,  # the method that is judged
 ):
     "One sentence for each kind of data: the network, the best other method, the paired difference; also where the network lost"
-    if records and not any(r["metric"] == "psnr" for r in records): return getattr(task_module(records[0]["task"]), "verdicts", lambda r: [])(records)   # sets without a truth: the task knows what to say
     region, out = main_region(records), []
     for data, split, cell in kinds(records):
+        here = pick(records, data=data, split=split, cell=cell)
+        if not any(r["metric"] == "psnr" for r in here): out += getattr(task_module(here[0]["task"]), "verdicts", lambda r: [])(here); continue   # sets without a truth: the task knows what to say
         mine = pick(records, data=data, split=split, cell=cell, region=region, metric="psnr")
         own = next((r for r in mine if r["method"] == network and r["mean"] is not None), None)
         rest = [r for r in mine if r["method"] != network and r["mean"] is not None]
@@ -138,7 +141,7 @@ def verdicts(
         best = max(rest, key=lambda r: r["mean"])
         ci = lambda r: f" [{number(r['lo'])}, {number(r['hi'])}]" if r["lo"] is not None else ""
         text = f"{data} ({split}, {cell}; {own['n_subjects']} subjects, {own['n_images']} images), PSNR in region {region}: {network} {number(own['mean'])} dB{ci(own)}, best other method {best['method']} {number(best['mean'])} dB{ci(best)}"
-        c = next((c for c in comparisons if c["method"] == best["method"] and c.get("data", data) == data and c.get("cell", cell) == cell and c["reference"] == network and c.get("metric", "psnr") == "psnr"), None)
+        c = next((c for c in comparisons if c["method"] == best["method"] and c.get("data", data) == data and c.get("cell", cell) == cell and c.get("region", region) == region and c["reference"] == network and c.get("metric", "psnr") == "psnr"), None)
         if c and c["diff"] is not None:
             text += f"; paired difference {number(-c['diff'], 2, True)} dB" + (f" [{number(-c['hi'], 2, True)}, {number(-c['lo'], 2, True)}]" if c["lo"] is not None else "")
             text += f", Wilcoxon p = {c['p_holm']:.2g} after Holm's correction" + (f" ({c['note']})" if c.get("note") else "")
@@ -174,6 +177,7 @@ def model_card(
              "Real data are not part of this repository. What was made from the IXI dataset (brain-development.org) is shared under CC BY-SA 3.0 with that attribution; the code is under the Apache License 2.0.", "",
              "## Results", "", f"Measured with the files of this folder (half precision), on {evaluated_on}. All regions, metrics and conventions: `metrics.json`{'; every image: `rows.csv`' if 'psnr' in show else ''}.", "",
              *(f"- {v}" for v in verdicts(records, comparisons, network)), "", table(records, metrics=show, region=region), "",
+             *([table(sets), ""] if "psnr" in show and (sets := [r for k in kinds(records) for r in pick(records, data=k[0], split=k[1], cell=k[2]) if not any(r["metric"] == "psnr" for r in pick(records, data=k[0], split=k[1], cell=k[2]))]) else []),
              *(["Blur raises PSNR: the gradient ratio (gradient energy over the truth's; 1 is right, less is blurred) and LSD (distance of the spectra at 0.25 to 0.5 cycles a pixel) stand beside it.", ""] if "psnr" in show else []),
              "## Training", "", *(line for m, n in networks.items() for line in (training_text(m, n), "")), "Curves: `training.png`, `training.csv`" + (", and the same with the name of the network." if len(networks) > 1 else "."), "",
              "| setting | " + " | ".join(networks if len(networks) > 1 else ["value"]) + " |", "|---" * (1 + len(networks)) + "|", *(f"| {k} | " + " | ".join(str(n["config"].get(k, "–")) for n in networks.values()) + " |" for k in keys), "",
@@ -231,6 +235,7 @@ def publish(
     if meta.get("source", source_id(data)) != source_id(data): raise UserError(f"{run}: was trained on other data than {data or 'what is found without --data'}; pass the same --data")
     with put_back(folder):
         prepared = task.load_data(cfg, data)
+        if hasattr(task, "slim"): nets, meta = task.slim(nets, meta)
         todo = {method: (nets, meta)} | (task.companions(prepared) if hasattr(task, "companions") else {})
         for m, (n, about) in todo.items():
             if m in names: (folder / names[m]).unlink(missing_ok=True)                # it may have had another file name
@@ -238,7 +243,7 @@ def publish(
         write_json(folder / "weights.json", names)
         old, config = networks.get(method), cfg.model_dump(mode="json")
         began = {"began": old.get("began") if old["config"] == config else old} if cfg.start == "shipped" and old else {}      # published again: what it replaced the first time
-        networks |= {method: keep_training(folder, run, "" if method == next(iter(names)) else f"_{method}") | dict(config=config, parameters=sum(int(v.numel()) for n in nets.values() for v in n.values()), splits=counts(prepared)) | began}
+        networks |= {method: keep_training(folder, run, "" if method == next(iter(names)) else f"_{method}") | dict(config=config, parameters=sum(int(v.numel()) for k, n in nets.items() if k != "autoencoder" or method == k for v in n.values()), splits=counts(prepared)) | began}
         networks = {m: networks[m] for m in names if m in networks}
         write_json(folder / "networks.json", networks)
         e = task.evaluate(data, "val", None, device=device)
@@ -339,9 +344,8 @@ def describe(env):
 def results(folder, records, comparisons, network):
     "Tables and pictures of one folder, one block for each kind of data: its main region first, the rest folded"
     out, drawings = [], figures_of(folder)
-    main = main_metrics(records)
     for kind in kinds(records):
-        mine = pick(records, data=kind[0], split=kind[1], cell=kind[2]); region = main_region(mine)
+        mine = pick(records, data=kind[0], split=kind[1], cell=kind[2]); region, main = main_region(mine), main_metrics(mine)
         out.append(f"<h3>{escape(kind[0])}, {escape(kind[2])} ({escape(kind[1])})</h3>\n" + "".join(f"<p>{escape(v)}</p>" for v in verdicts(mine, comparisons, network)))
         out.append(scroll(table(mine, "html", main, region=region)))
         out += [picture(p, caption_of(p.stem)) for p in drawings if p.stem.endswith("_" + stem(kind[0], kind[2])) and not p.stem.startswith("worst_")]
