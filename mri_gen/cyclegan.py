@@ -48,7 +48,7 @@ class Config(TrainConfig):
         "resnet9": dict(_PAPER, method="resnet9", steps=4300),
     }
     method: Literal["cyclegan", "paired", "png", "original", "resnet9"] = Field("cyclegan", description="ours; ours with pairs (regression); ours for a single head; the original's networks; the paper's. Each has a profile")
-    chs: tuple[int, ...] = Field((48, 96, 192), min_length=1, description="channels per resolution")
+    chs: tuple[int, ...] = Field((32, 64, 128), min_length=1, description="channels per resolution")
     blocks: int = Field(1, ge=1, description="residual blocks per resolution and direction")
     patch: int = Field(4, ge=1, description="side of the patches folded into channels")
     head: int = Field(24, ge=1, description="channels of the head at full size")
