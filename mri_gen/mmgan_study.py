@@ -259,14 +259,14 @@ def calibration(study):
     "Spread against error in each cell, in the head"
     import matplotlib
     from mri_gen.figures import STYLE, Picture, grid
-    t, rows, curves, shown = study.truth(), [], {}, []; x, data = t.float(), str(t.column("data")[0])
+    t, rows, curves, shown = study.truth(), [], {}, {}; x, data = t.float(), str(t.column("data")[0])
     if study.net.method == "original" or not study.net.cfg.spread: return Part([], [], ["this network states no spread"], {})
     for s in SCENARIOS:
         y, b = study.net.complete(x, s, spread=True)
         for c in range(3):
             if s[c]: continue
             cell = f"{scenario_name(s)}->{MODALITIES[c]}"; inside = x.max(1) > .08; h = honest((y - x)[:, c][inside], b[:, c][inside]); curves[cell] = h
-            if sum(s) == 2: shown.append([x[len(x) // 2, c], y[len(x) // 2, c], np.abs(y - x)[len(x) // 2, c] * 4, b[len(x) // 2, c] * 4])
+            if sum(s) == 2: shown[cell] = [x[len(x) // 2, c], y[len(x) // 2, c], np.abs(y - x)[len(x) // 2, c] * 4, b[len(x) // 2, c] * 4]
             for i in range(len(x)):
                 if inside[i].sum() < 100: continue
                 g = honest((y - x)[i, c][inside[i]], b[i, c][inside[i]])
@@ -276,7 +276,7 @@ def calibration(study):
         for cell, h in curves.items(): a.plot(*zip(*h["bins"]), "o-", ms=2, lw=.8, label=cell); ax.plot(list(h["coverage"]), list(h["coverage"].values()), "o-", ms=2, lw=.8)
         top = max(v for h in curves.values() for p in h["bins"] for v in p); a.plot([0, top], [0, top], "k:", lw=1); a.set(xlabel="spread", ylabel="mean |error|"); a.legend(fontsize=5); ax.plot([.4, 1], [.4, 1], "k:", lw=1); ax.set(xlabel="promised coverage", ylabel="kept")
     said = [f"{c}: spread over error {h['ratio']:.2f}, rank correlation {h['rank']:.2f}; the interval of 90 % holds {h['coverage'][.9]:.0%} of the head's pixels." for c, h in curves.items()]
-    return save(study, "calibration", Part(summarise(rows), [], said, {"calibration": fig, "calibration_spread": grid(shown, row_labels=["from two"] * len(shown), col_labels=["truth", "imputed", "|error| x4", "spread x4"], limits=(0, 1))}), {"this network": study.net})
+    return save(study, "calibration", Part(summarise(rows), [], said, {"calibration": fig, "calibration_spread": grid(list(shown.values()), row_labels=list(shown), col_labels=["truth", "imputed", "|error| x4", "spread x4"], limits=(0, 1))}), {"this network": study.net})
 
 # %% ../nbs/22_mmgan_study.ipynb #6d3c3ea2
 VARIANTS = {"regression, PSNR": ("full", {}), "plain U-Net, L1": ("plain", {}), "regression, L1": ("gan", dict(adversarial=0.)), "gan": ("gan", {}), "gan, sees the truth": ("gan", dict(condition="truth")),
