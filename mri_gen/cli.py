@@ -315,6 +315,7 @@ def predict_mmgan(
     from contextlib import nullcontext
     from mri_gen.core import UserError, pick_device, whole
     from mri_gen.datasets import save_array
+    from mri_gen.imputers import MODALITIES
     from mri_gen.mmgan import Completer, parse_available
     given = {k: existing(v, "file") for k, v in dict(T1=t1, T2=t2, PD=pd).items() if v is not None}; pick_device(device)
     if out is None: raise UserError("--out: name the result, OUT.npy for arrays or a folder for volumes")
@@ -330,7 +331,8 @@ def predict_mmgan(
             if spread: save_array(beside, s[0])
         say(f"{out}: {len(y) if y.ndim > 3 else 1} triples {y.shape[-2]}x{y.shape[-1]}, completed from {available} by {net.method}"); return
     from mri_gen.volumes import write_volume
-    with whole(out, force, ours="*.nii.gz") as tmp:
+    if out.suffix in (".npy", ".nii", ".gz"): raise UserError(f"--out {out}: volumes go into a folder; name one")
+    with whole(out, force, ours=[f"{k}{s}.nii.gz" for k in MODALITIES if k not in given for s in ("", "_spread")]) as tmp:   # never a folder that holds what it was made from
         net = Completer(weights, device)
         got, like = net.volumes(given, spread); tmp.mkdir()
         for part, suffix in zip(got, ("", "_spread")):

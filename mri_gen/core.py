@@ -74,12 +74,13 @@ def data_dir(
 def whole(
     path,         # file or folder that should appear complete
     force=False,  # replace an existing one
-    ours=None,    # pattern of a file that marks a folder as one of ours: no other folder is ever replaced
+    ours=None,    # pattern of a file that marks a folder as one of ours, or all the names that may lie in it: no other folder is ever replaced
 ):
     "Yield `path.partial`; rename it to `path` when the block succeeds. An existing output is an error unless `force`"
     path = Path(path)
     if path.exists() and not force: raise UserError(f"{path}: exists already; choose another name or add --force")
-    if path.is_dir() and any(path.iterdir()) and not (ours and next(path.glob(ours), None)): raise UserError(f"{path}: a folder with other things in it is never replaced; choose another name, or empty it")
+    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if there and not (ours and next(path.glob(ours), None) if isinstance(ours, (str, type(None))) else there <= set(ours)): raise UserError(f"{path}: a folder with other things in it is never replaced; choose another name, or empty it")
     tmp = path.with_name(path.name + ".partial")
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"{path.parent}: cannot be created ({e.strerror}); choose another --out")
@@ -93,6 +94,7 @@ def whole(
         if tmp.is_file(): tmp.unlink()
         raise
     old = path.with_name(path.name + ".old")
+    if path.is_file() and tmp.is_dir(): shutil.rmtree(tmp); raise UserError(f"{path}: a file, and the result is a folder; choose another name")
     if path.is_dir(): shutil.rmtree(old, ignore_errors=True); os.replace(path, old)
     os.replace(tmp, path)
     shutil.rmtree(old, ignore_errors=True)

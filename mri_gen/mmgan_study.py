@@ -233,9 +233,9 @@ def positions(study):
     edges = np.linspace(0, 1, 11); where = np.concatenate(heights)
     with matplotlib.rc_context(STYLE):
         fig = Picture((4.6, 2.4), layout="constrained"); ax = fig.subplots()
-        for cell in CELLS:
+        for k, cell in enumerate(CELLS):
             e = np.concatenate(errors[cell]); mean = [e[(where >= lo) & (where <= hi)].mean() if ((where >= lo) & (where <= hi)).any() else np.nan for lo, hi in zip(edges, edges[1:])]
-            ax.plot((edges[1:] + edges[:-1]) / 2, mean, "o-", ms=2.5, lw=1, label=cell)
+            ax.plot((edges[1:] + edges[:-1]) / 2, mean, "o-" if k < 6 else "s--", ms=2.5, lw=1, label=cell)      # dashes: from two
         ax.set(xlabel="height in the head, 0: skull base, 1: vertex", ylabel="PSNR [dB]"); ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, .5))
     rows += [dict(subject=f"SIM{i + 2:03d}", index=i, task="mmgan", method="this network", data="simulated", split=study.split, cell=cell, region="whole", convention="range=1", metric="psnr", value=float(np.mean(e))) for cell, es in errors.items() for i, e in enumerate(es)]
     records = summarise(rows); d = {(r["method"], r["cell"]): r["mean"] for r in pick(records, metric="dice")}
@@ -259,24 +259,24 @@ def calibration(study):
     "Spread against error in each cell, in the head"
     import matplotlib
     from mri_gen.figures import STYLE, Picture, grid
-    t, rows, curves, shown = study.truth(), [], {}, []; x, data = t.float(), str(t.column("data")[0])
+    t, rows, curves, shown = study.truth(), [], {}, {}; x, data = t.float(), str(t.column("data")[0])
     if study.net.method == "original" or not study.net.cfg.spread: return Part([], [], ["this network states no spread"], {})
     for s in SCENARIOS:
         y, b = study.net.complete(x, s, spread=True)
         for c in range(3):
             if s[c]: continue
             cell = f"{scenario_name(s)}->{MODALITIES[c]}"; inside = x.max(1) > .08; h = honest((y - x)[:, c][inside], b[:, c][inside]); curves[cell] = h
-            if sum(s) == 2: shown.append([x[len(x) // 2, c], y[len(x) // 2, c], np.abs(y - x)[len(x) // 2, c] * 4, b[len(x) // 2, c] * 4])
+            if sum(s) == 2: shown[cell] = [x[len(x) // 2, c], y[len(x) // 2, c], np.abs(y - x)[len(x) // 2, c] * 4, b[len(x) // 2, c] * 4]
             for i in range(len(x)):
                 if inside[i].sum() < 100: continue
                 g = honest((y - x)[i, c][inside[i]], b[i, c][inside[i]])
                 rows += [dict(subject=str(t.column("subject")[i]), index=i, task="mmgan", method="this network", data=data, split=study.split, cell=cell, region="head", convention="Laplace", metric=k, value=float(v)) for k, v in dict(spread_over_error=g["ratio"], rank_correlation=g["rank"], coverage_of_90=g["coverage"][.9]).items()]
     with matplotlib.rc_context(STYLE):
         fig = Picture((5.6, 2.4), layout="constrained"); a, ax = fig.subplots(1, 2)
-        for cell, h in curves.items(): a.plot(*zip(*h["bins"]), "o-", ms=2, lw=.8, label=cell); ax.plot(list(h["coverage"]), list(h["coverage"].values()), "o-", ms=2, lw=.8)
+        for k, (cell, h) in enumerate(curves.items()): how = "o-" if k < 6 else "s--"; a.plot(*zip(*h["bins"]), how, ms=2, lw=.8, label=cell); ax.plot(list(h["coverage"]), list(h["coverage"].values()), how, ms=2, lw=.8)      # dashes: from two
         top = max(v for h in curves.values() for p in h["bins"] for v in p); a.plot([0, top], [0, top], "k:", lw=1); a.set(xlabel="spread", ylabel="mean |error|"); a.legend(fontsize=5); ax.plot([.4, 1], [.4, 1], "k:", lw=1); ax.set(xlabel="promised coverage", ylabel="kept")
     said = [f"{c}: spread over error {h['ratio']:.2f}, rank correlation {h['rank']:.2f}; the interval of 90 % holds {h['coverage'][.9]:.0%} of the head's pixels." for c, h in curves.items()]
-    return save(study, "calibration", Part(summarise(rows), [], said, {"calibration": fig, "calibration_spread": grid(shown, row_labels=["from two"] * len(shown), col_labels=["truth", "imputed", "|error| x4", "spread x4"], limits=(0, 1))}), {"this network": study.net})
+    return save(study, "calibration", Part(summarise(rows), [], said, {"calibration": fig, "calibration_spread": grid(list(shown.values()), row_labels=list(shown), col_labels=["truth", "imputed", "|error| x4", "spread x4"], limits=(0, 1))}), {"this network": study.net})
 
 # %% ../nbs/22_mmgan_study.ipynb #6d3c3ea2
 VARIANTS = {"regression, PSNR": ("full", {}), "plain U-Net, L1": ("plain", {}), "regression, L1": ("gan", dict(adversarial=0.)), "gan": ("gan", {}), "gan, sees the truth": ("gan", dict(condition="truth")),

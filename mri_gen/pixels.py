@@ -108,7 +108,8 @@ class Trees:
     def state(self):
         "{name: tensor} for a weights file"
         nodes = np.concatenate(self.trees)
-        as_tensor = lambda v: torch.from_numpy(np.ascontiguousarray(v.astype(np.int32) if v.dtype.kind in "iub" else v))
+        small = lambda v: next(t for t in (np.uint8, np.int16, np.int32) if v.max(initial=0) <= np.iinfo(t).max and v.min(initial=0) >= np.iinfo(t).min)      # most of a file are numbers of features and of nodes in a tree
+        as_tensor = lambda v: torch.from_numpy(np.ascontiguousarray(v.astype(small(v)) if v.dtype.kind in "iub" else v))
         return {"base": torch.tensor([self.base]), "sizes": torch.tensor([len(t) for t in self.trees])} | {k: as_tensor(nodes[k].astype(np.float32) if nodes[k].dtype == np.float64 else nodes[k]) for k in self.FIELDS}
 
     @classmethod

@@ -65,7 +65,7 @@ def rate_distortion(
     from mri_gen.metrics import score_table, summarise
     x, who, data, records, drawn = truth.float()[:, 0], truth.column("subject"), str(truth.column("data")[0]), [], []
     for curve, setting, rate, y in points:
-        about = dict(task="vqvae", method=f"{curve}: {setting}", data=data, split=split, cell="all")
+        about = dict(task="vqvae", method=curve if setting in curve else f"{curve}: {setting}", data=data, split=split, cell="all")
         got = [r for r in summarise(score_table(y, x, who, **about)) if r["metric"] in ("psnr", "ssim") and not r["convention"].startswith("gauss11")]
         records += got + [about | dict(region="whole", convention="codes or file, without header", metric="bits_per_pixel", mean=rate, lo=None, hi=None, n_subjects=len(set(who)), n_images=len(x))]
         drawn.append((curve, rate, {(r["metric"], r["region"]): r["mean"] for r in got}))
@@ -138,7 +138,7 @@ def quantisers(
     part = rate_distortion(truth, learned_points(x, truth.table, coders, priors), split); value = {(r["method"], r["metric"], r["region"]): r["mean"] for r in part.records}
     part.verdicts = [f"{m}: SSIM {value[m, 'ssim', 'whole']:.3f} whole, {value[m, 'ssim', 'foreground']:.3f} foreground, {value[m, 'psnr', 'whole']:.1f} dB at {value[m, 'bits_per_pixel', 'whole']:.4f} bit a pixel." for m in dict.fromkeys(r["method"] for r in part.records)]
     part.figures = {"quantisers": part.figures["rate"]} | figures; nets = coders | {f"{s.method}, by a PixelCNN": s for s in priors}
-    return save_part(out, "quantisers", part, {f"{m}: {t.levels} x {t.codes}": budget_words(t.meta["config"], t.prior if m.endswith("PixelCNN") else t.net) for m, t in nets.items()}, PARTS)
+    return save_part(out, "quantisers", part, {m if (s := f"{t.levels} x {t.codes}") in m else f"{m}: {s}": budget_words(t.meta["config"], t.prior if m.endswith("PixelCNN") else t.net) for m, t in nets.items()}, PARTS)
 
 # %% ../nbs/23_vqvae_study.ipynb #quant004
 def main(argv=None):

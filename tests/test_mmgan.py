@@ -52,7 +52,8 @@ def test_volumes(place, tmp_path, capsys):
     got = nib.load(tmp_path / "out/T1.nii.gz"); v = got.get_fdata()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["T1.nii.gz", "T1_spread.nii.gz"]
     assert got.shape == (96, 96, 6) and np.allclose(got.affine, a) and v.min() >= 0 and v.max() <= 1 and v.std() > 0
-    wrong(capsys, *words, says="--force")
+    wrong(capsys, *words, says="--force"); wrong(capsys, *words[:6], "--out", tmp_path / "new.nii.gz", says="name one")
+    wrong(capsys, *words[:6], "--out", tmp_path, "--force", says="never replaced"); assert (tmp_path / "t2.nii.gz").exists()   # the folder of the inputs
     nib.save(nib.Nifti1Image((x[:6, 2].transpose(1, 2, 0) * 800).astype(np.int16), a + np.diag([0, .5, 0, 0])), tmp_path / "pd.nii.gz")
     wrong(capsys, *words[:-4], "--force", "--weights", place / "runs/toy", says="another grid")
 
