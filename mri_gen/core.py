@@ -111,8 +111,10 @@ def locked(
 
 
 def write_json(path, obj, force=True):
-    "JSON, indented, whole or not at all"
-    with whole(path, force) as p: Path(p).write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    "JSON, indented, records one on a line; whole or not at all"
+    line = lambda r: json.dumps(r, ensure_ascii=False, default=str)
+    text = "[\n" + ",\n".join(f" {line(r)}" for r in obj) + "\n]" if isinstance(obj, list) and obj else json.dumps(obj, indent=1, ensure_ascii=False, default=str)
+    with whole(path, force) as p: Path(p).write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path):

@@ -258,8 +258,9 @@ class Converter:
         from PIL import Image
         files = sorted(p for p in Path(src).iterdir() if p.suffix.lower() == ".png" and not p.name.startswith("."))
         if not files: raise UserError(f"{src}: no PNG files; pass a folder of slices, a .npy file or a NIfTI volume")
+        if Path(out).resolve() == Path(src).resolve(): raise UserError(f"{out}: holds the slices themselves; choose another folder")
         images = [check_array(read_png(p)[:, None], str(p), constant=True)[0, 0] for p in files]
-        with whole(out, force, ours="*.png") as tmp:
+        with whole(out, force, ours=[p.name for p in files]) as tmp:
             tmp.mkdir(parents=True)
             for shape in dict.fromkeys(x.shape for x in images):
                 some = [i for i, x in enumerate(images) if x.shape == shape]

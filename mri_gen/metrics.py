@@ -162,7 +162,7 @@ def save_metrics(path, records):
     out = []
     for r in records:
         if set(r) != set(FIELDS): raise UserError(f"{path}: a record needs exactly {', '.join(FIELDS)}; differs in {', '.join(sorted(set(r) ^ set(FIELDS)))}")
-        num = lambda v: None if v is None or not np.isfinite(v) else float(v)
+        num = lambda v: None if v is None or not np.isfinite(v) else float(f"{v:.7g}")   # more digits say nothing
         out.append({k: str(r[k]) for k in KEYS} | {k: num(r[k]) for k in ("mean", "lo", "hi")} | {k: int(r[k]) for k in ("n_subjects", "n_images")})
     write_json(path, out)
     return out

@@ -93,7 +93,7 @@ def save_evaluation(
     keep=(),  # methods measured earlier whose numbers stay
 ):
     "metrics.json, comparisons.json, rows.csv and figures/; returns the records"
-    from mri_gen.figures import png_bytes
+    from mri_gen.figures import COLOURS, png_bytes
     folder = Path(folder); old = load_metrics(folder / "metrics.json") if (folder / "metrics.json").exists() else []
     new = {r["method"] for r in e.records}
     records = save_metrics(folder / "metrics.json", [r for r in old if r["method"] in keep and r["method"] not in new] + list(e.records))
@@ -106,7 +106,7 @@ def save_evaluation(
     with whole(folder / "figures", force=True, ours="*.png") as tmp:
         tmp.mkdir(parents=True)
         for name, fig in figures.items():
-            if fig is not None: (tmp / f"{stem(name)}.png").write_bytes(png_bytes(fig, 110, 256))
+            if fig is not None: (tmp / f"{stem(name)}.png").write_bytes(png_bytes(fig, 110, COLOURS))
     return records
 
 # %% ../nbs/30_report.ipynb #6b99ed43
