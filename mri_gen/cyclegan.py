@@ -43,7 +43,7 @@ class Config(TrainConfig):
         "demo": dict(_OURS, steps=80, batch_size=2, chs=(16, 32), head=12, d_chs=(16, 32, 64), warmup=10, ema=.95, crop=(80, 80), lookalikes=1, bend=(20, 10), log_every=20, val_every=80, save_every=80, per_volume=12, simulated=6, val_images=6),
         "full": dict(_OURS, steps=9000),
         "paired": dict(_OURS, method="paired", lookalikes=0, steps=4000, beta1=.9, batch_size=8),
-        "png": dict(_OURS, method="png", steps=3000, matched=False, lookalikes=2),
+        "png": dict(_OURS, method="png", steps=3000, chs=(16, 32, 64), d_chs=(32, 64, 128), matched=False, lookalikes=1, sharp=True),
         "original": dict(_PAPER, method="original", steps=4300, gan="bce", pool=0),
         "resnet9": dict(_PAPER, method="resnet9", steps=4300),
     }
@@ -64,6 +64,7 @@ class Config(TrainConfig):
     structure: float = Field(0., ge=0, description="weight of the local correlation of fake and input; rewards handing the input back")
     lookalikes: int = Field(3, ge=0, description="slices of other people, bent onto each slice, to learn from; 0: none")
     bend: tuple[int, int] = Field((40, 30), description="iterations of bending at a quarter and at half of the size")
+    sharp: bool = Field(False, description="what is handed out is the fake, not the answer that is learned from lookalikes")
     relook: str = Field("", description="weights (a run, a file, or shipped name) whose answers find the lookalikes, instead of the tables: a second round")
     borrow: float = Field(10., ge=0, description="weight of the distance of the answer to a lookalike")
     borrow_fake: float = Field(.3, ge=0, le=1, description="share of the steps over which the fake learns from lookalikes, too, less and less ...")
@@ -147,12 +148,13 @@ def checks(
     nets,  # {direction: network}
     x,     # (N,2,H,W) both contrasts
     pair,  # are they of the same slice?
+    fake=False,  # judge the fakes, not the answers
 ):
     "{figure: value} of a validation"
     from mri_gen.measure import ssim_tensor
     out, many = {}, lambda k, v, **kw: torch.cat([render(nets[k], p, mirror=False, **kw) for p in v.split(8)])
     for k, (s, w) in DIRECTIONS.items():
-        y, back = many(k, x[:, s:s + 1]), f"{CONTRASTS[w]}to{CONTRASTS[s]}"
+        y, back = many(k, x[:, s:s + 1], fake=fake), f"{CONTRASTS[w]}to{CONTRASTS[s]}"
         if pair: out |= {f"psnr_{k}": -psnr_loss(y, x[:, w:w + 1]).mean().item(), f"ssim_{k}": ssim_tensor(y[:, 0].double(), x[:, w].double(), 1., "uniform7").mean().item()}
         out[f"cycle_{CONTRASTS[s]}"] = -psnr_loss(many(back, many(k, x[:, s:s + 1], fake=True)), x[:, s:s + 1]).mean().item()
     return ({"psnr": (out["psnr_T1toT2"] + out["psnr_T2toT1"]) / 2} if pair else {}) | out
@@ -197,7 +199,7 @@ def job(
     opts = {k: adamw(v, cfg) for k, v in opts.items()}
     for g in opts["critics"].param_groups if "critics" in opts else (): g["lr"] *= cfg.d_lr
     state = {} if cfg.method == "paired" else {k: v for m in CONTRASTS for k, v in pools[m].state(m).items()}
-    return Job(nets, opts, step, len(sides), lambda nets: checks(nets, some, dev is not None), preview, state, {"task": "cyclegan", "method": cfg.method, "kinds": len(sides.names), "trained_on": fingerprint(data)}, data.skipped)
+    return Job(nets, opts, step, len(sides), lambda nets: checks(nets, some, dev is not None, cfg.sharp), preview, state, {"task": "cyclegan", "method": cfg.method, "kinds": len(sides.names), "trained_on": fingerprint(data)}, data.skipped)
 
 # %% ../nbs/24_cyclegan.ipynb #56b164bc
 class Converter:
@@ -218,12 +220,13 @@ class Converter:
     def translate(self,
         x,             # (N,H,W) float32 in [0,1]
         direction,     # "T1toT2" or "T2toT1"
-        sharp=False,   # the fake instead of the answer
+        sharp=None,    # the fake instead of the answer; None: as its configuration says
         volume=False,  # slices are neighbours: brightness is smoothed along them
     ):
         "(N,H,W) float32 in [0,1]"
         if direction not in DIRECTIONS: raise UserError(f"--direction {direction}: use T1toT2 or T2toT1")
-        net, parts = self.nets[direction], [torch.from_numpy(np.array(x[i:i + CHUNK], np.float32))[:, None] for i in range(0, len(x), CHUNK)]
+        net, sharp = self.nets[direction], self.cfg.sharp if sharp is None else sharp
+        parts = [torch.from_numpy(np.array(x[i:i + CHUNK], np.float32))[:, None] for i in range(0, len(x), CHUNK)]
         parts = [F.pad(v, (0,) * 7 + (CHUNK - len(v),)).to(self.device) for v in parts]
         light = [torch.stack(v, 1) for v in (lights(net, p) for p in parts)]
         if volume: log = F.pad(torch.cat(light)[:len(x)].log().T[:, None], (2, 2), mode="replicate"); log = F.conv1d(log, log.new_tensor([[[1, 2, 3, 2, 1]]]) / 9)[:, 0].T; light = F.pad(log, (0, 0, 0, -len(x) % CHUNK)).exp().split(CHUNK)
@@ -232,7 +235,7 @@ class Converter:
     def predict(self,
         images,         # (N,H,W), (N,1,H,W) or (H,W) in [0,1] (uint8: divided by 255), the path of such a .npy file, or a volume: path, nibabel image
         direction,      # "T1toT2" or "T2toT1"
-        sharp=False,    # the fake instead of the answer
+        sharp=None,     # the fake instead of the answer; None: as its configuration says
     ):
         "Arrays: of the same shape. Volumes: a nibabel image on the same grid, in [0,1]"
         if direction not in DIRECTIONS: raise UserError(f"--direction {direction}: use T1toT2 or T2toT1")
@@ -242,7 +245,7 @@ class Converter:
         raw = read_array(images) if isinstance(images, (str, Path)) else images
         return self.translate(check_array(raw, str(images) if isinstance(images, (str, Path)) else "images")[:, 0], direction, sharp).reshape(raw.shape)
 
-    def volume(self, given, direction, sharp=False):
+    def volume(self, given, direction, sharp=None):
         "((X,Y,Z) in [0,1], the input as `Volume`, on whose grid it is)"
         from mri_gen.triples import Frame, trained_scale
         from mri_gen.volumes import volume_from
@@ -253,7 +256,7 @@ class Converter:
         if (j := jumps(full[a:b], cut[a:b])) > 2: warnings.warn(f"{name}: the result changes {j:.1f} times as much from slice to slice as the input does; the slices do not fit together, perhaps they are not axial or not {direction[:2]}", stacklevel=3)
         return np.clip(f.back(full), 0, 1), v
 
-    def folder(self, src, out, direction, sharp=False, force=False):
+    def folder(self, src, out, direction, sharp=None, force=False):
         "Every PNG of a folder, under its name, 8 bit gray; the folder appears whole. Returns how many"
         from PIL import Image
         files = sorted(p for p in Path(src).iterdir() if p.suffix.lower() == ".png" and not p.name.startswith("."))
@@ -273,7 +276,7 @@ def pretrained(weights=None, device="auto"):
     return Converter(weights, device)
 
 
-def predict(images, direction, weights=None, device="auto", sharp=False):
+def predict(images, direction, weights=None, device="auto", sharp=None):
     "One call: see `Converter.predict`"
     return Converter(weights, device).predict(images, direction, sharp)
 
@@ -326,7 +329,7 @@ def evaluate(
     for k, net in used.items():
         t0 = time.perf_counter()
         for d, (s, w) in DIRECTIONS.items():
-            y = np.clip(rules(k, x, d) if net is None else net.translate(x[:, s], d, sharp=k == "sharp"), 0, 1); cell = d.replace("to", "->")
+            y = np.clip(rules(k, x, d) if net is None else net.translate(x[:, s], d, sharp=k == "sharp" or None), 0, 1); cell = d.replace("to", "->")
             examples.setdefault(k, {})[cell] = y[shown].astype(np.float16); rows += score(y, truth, w, dict(task="cyclegan", method=k, data=name, split=split), cell)
         timings[k] = (time.perf_counter() - t0) / len(x) / 2
     tested = [r for r in rows if "," not in r["cell"]]

@@ -81,13 +81,13 @@ def save_part(
     parts,   # names of all parts, in the order of study.json
 ):
     "Write a Part under its name, and `study.json` and `study.md` anew; returns it with part and budget in each record"
-    from mri_gen.figures import png_bytes
+    from mri_gen.figures import COLOURS, png_bytes
     folder = Path(run) / "study"
     found.records = [dict(part=part, **r, budget=budget.get(r["method"], "")) for r in found.records]
     write_json(folder / f"{part}.json", dict(records=found.records, comparisons=found.comparisons, verdicts=found.verdicts))
     for old in {*folder.glob(f"{part}.png"), *folder.glob(f"{part}_*.png")}: old.unlink()
     for name, fig in found.figures.items():
-        with whole(folder / f"{name}.png", force=True) as p: p.write_bytes(png_bytes(fig, 110, 256))
+        with whole(folder / f"{name}.png", force=True) as p: p.write_bytes(png_bytes(fig, 110, COLOURS))
     with locked(folder / ".lock"):
         write_json(Path(run) / "study.json", [r for p in parts if (folder / f"{p}.json").exists() for r in read_json(folder / f"{p}.json")["records"]])
         with whole(Path(run) / "study.md", force=True) as p: p.write_text(study_page(run, parts))
