@@ -17,6 +17,7 @@ from . import cyclegan
 from .core import UserError, generator
 from .cyclegan import render
 from .experiment import Part, save_part
+from .train import source_id
 from .measure import foreground
 from .unpaired import CONTRASTS, DIRECTIONS, load_unpaired, pairs
 
@@ -169,11 +170,11 @@ def simulated_part(
 
 # %% ../nbs/24_cyclegan_study.ipynb #e0d5a107
 def main(argv=None):
-    "`python -m mri_gen.cyclegan_study --part PART ... --out RUN [--weights W] [--data D] [--split S] [--heads N]`"
+    "`python -m mri_gen.cyclegan_study --part PART ... --out RUN [--weights W] [--data D [--pattern P]] [--split S] [--heads N]`"
     ap = argparse.ArgumentParser("mri_gen.cyclegan_study", description="What a translation may do wrong, on record.")
     ap.add_argument("--part", nargs="+", choices=PARTS, default=PARTS); ap.add_argument("--out", required=True, help="run folder; the study lies in its sub-folder study/")
     ap.add_argument("--heads", type=int, default=3); ap.add_argument("--threads", type=int)
-    for o, default in (("--weights", None), ("--data", None), ("--split", "val"), ("--device", "auto")): ap.add_argument(o, default=default)
+    for o, default in (("--weights", None), ("--data", None), ("--pattern", None), ("--split", "val"), ("--device", "auto")): ap.add_argument(o, default=default)
     a = ap.parse_args(argv)
     if a.threads: torch.set_num_threads(a.threads)
     try:
@@ -181,7 +182,7 @@ def main(argv=None):
         for part in a.part:
             if part == "simulated": found = simulated_part(net, a.heads, split=a.split)
             else:
-                truth = pairs(load_unpaired(a.data, per_volume=12, simulated=10, splits=(a.split,), strangers=a.split, seed=1))
+                truth = pairs(load_unpaired(a.data, a.pattern, per_volume=12, simulated=10, splits=(a.split,), strangers=None if source_id(a.data) == net.meta.get("source") else a.split, seed=1))
                 if truth is None: raise UserError(f"{a.data}: nobody in split {a.split} has both contrasts")
                 found = faults_part(net, truth, a.split)
             print(*save_part(a.out, part, found, {}, PARTS).verdicts, sep="\n", flush=True)

@@ -65,10 +65,12 @@ def nearest(
     a, kind_a,  # (N,2,H,W) of `both`, (N,) kinds
     b, kind_b,  # (M,2,H,W), of other people
     n,          # how many
+    apart=None, # (N,M) bool: who must not be taken
 ):
-    "(N,n) int64: slices of b, the most similar first; -1 where a kind has too few"
+    "(N,n) int64: slices of b, the most similar first"
     small = lambda v: torch.cat([blur(F.avg_pool2d(p, 4).flatten(0, 1)[:, None], 1.5).view(len(p), -1) for p in v.split(64)])
     p, q = small(a), small(b); d = torch.cdist(p, q); d[kind_a[:, None] != kind_b[None]] = torch.inf
+    if apart is not None: d[apart] = torch.inf
     near, at = d.topk(min(n, len(b)), 1, largest=False); at = F.pad(torch.where(near.isfinite(), at, -1), (0, n - at.shape[1]), value=-1)
     return torch.where(at < 0, at[:, :1], at)                                      # too few: the nearest again
 
@@ -79,11 +81,12 @@ def lookalikes(
     n=3,        # for each slice
     steps=((4, 40), (2, 30)),  # see `demons`
     say=lambda text: None,
+    apart=None, # (N,M) bool: slices of the two contrasts that are mates
 ):
     "For each contrast (N,n,H,W) uint8: the other contrast of n others, bent onto each slice; relative intensities times `STEP`"
     out = []
     for d, (s, w) in DIRECTIONS.items():
-        at, made = nearest(pair[s], kinds[s], pair[w], kinds[w], n), []
+        at, made = nearest(pair[s], kinds[s], pair[w], kinds[w], n, apart if apart is None or s == 0 else apart.T), []
         for i in range(len(at)):
             fixed, moving = pair[s][i:i + 1].expand(n, -1, -1, -1), pair[w][at[i]]
             y = warp(x[w][at[i]][:, None], demons(fixed, moving, steps))[:, 0]
@@ -96,12 +99,12 @@ def lookalikes(
 def kept_lookalikes(
     x, kinds,  # see `lookalikes`
     ways,      # {direction: function of (n,H,W)}, see `both`
-    n, steps=((4, 40), (2, 30)),
+    n, steps=((4, 40), (2, 30)), apart=None,
 ):
     "`lookalikes`, made once for these slices and settings"
     pair = [both(x[s], ways[d], s == 0) for d, (s, w) in DIRECTIONS.items()]
-    key = mix("lookalikes", Path(__file__).read_text() if "__file__" in globals() else "", n, *np.ravel(steps), *(mix_arrays(v.numpy(), k.numpy()) for v, k in zip(pair, kinds)))
+    key = mix("lookalikes", Path(__file__).read_text() if "__file__" in globals() else "", n, *np.ravel(steps), *(mix_arrays(v.numpy(), k.numpy()) for v, k in zip(pair, kinds)), *([] if apart is None else [mix_arrays(apart.numpy())]))
     path = (root() or Path.cwd()) / "data/prepared" / f"lookalikes-{key:016x}.safetensors"
     with locked(path.with_suffix(".lock")):
-        if not path.exists(): save_weights(path, {"slices": dict(zip(CONTRASTS, lookalikes(x, kinds, pair, n, steps, lambda t: print(t, flush=True))))}, {})
+        if not path.exists(): save_weights(path, {"slices": dict(zip(CONTRASTS, lookalikes(x, kinds, pair, n, steps, lambda t: print(t, flush=True), apart)))}, {})
     return [load_weights(path)[0]["slices"][m] for m in CONTRASTS]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BRIGHT', 'SIDE', 'PIXEL_MM', 'trained_scale', 'Frame', 'triple_slices', 'a_few', 'positions', 'cohort_triples',
-           'onto', 'simulated_triples', 'known_split', 'name_splits', 'load_triples']
+           'onto', 'simulated_triples', 'known_split', 'name_splits', 'people_splits', 'load_triples']
 
 # %% ../nbs/18_triples.ipynb #a26f50b0
 import warnings
@@ -161,6 +161,20 @@ def name_splits(s):
     return SliceSet(s.images, [{"plane": "axial"} | r | {"split": given.get(r["subject"], r["split"])} for r in s.table], s.skipped)
 
 
+def people_splits(
+    rows,            # of `find_volumes`
+    splits=None,     # only people in these; None: all
+    strangers=None,  # split of the people whom data/splits.csv does not know; None: a seeded draw
+    src="data",      # named in errors
+):
+    "(rows that remain, {subject: split}): data/splits.csv rules"
+    site = {r["subject"]: r["site"] for r in rows}; known = {s: known_split(s) for s in site}; new = [s for s in site if known[s] is None]
+    split = {k: v for k, v in known.items() if v} | (dict.fromkeys(new, strangers) if strangers else split_subjects(new, [site[s] for s in new]))
+    rows = [r for r in rows if split.get(r["subject"]) and (splits is None or split[r["subject"]] in splits)]
+    if not rows: raise UserError(f"{src}: nobody in split {', '.join(splits or ())}; choose another --split")
+    return rows, split
+
+
 def load_triples(
     data=None,       # folder or .npy; None: `MRI_GEN_DATA/ixi_slices`, else simulated heads
     pattern=None,    # where volumes lie below `data`
@@ -183,10 +197,7 @@ def load_triples(
     if "volumes" in src:
         p, skipped = Path(src["volumes"]), []
         rows = find_volumes(p, *([pattern] if pattern else []), modalities=["T1", "T2", "PD"], skipped=skipped)
-        site = {r["subject"]: r["site"] for r in rows}; known = {s: known_split(s) for s in site}; new = [s for s in site if known[s] is None]
-        split = {k: v for k, v in known.items() if v} | (dict.fromkeys(new, strangers) if strangers else split_subjects(new, [site[s] for s in new]))
-        rows = [r for r in rows if split.get(r["subject"]) and (splits is None or split[r["subject"]] in splits)]
-        if not rows: raise UserError(f"{p}: nobody in split {', '.join(splits or ())}; choose another --split")
+        rows, split = people_splits(rows, splits, strangers, p)
         s = cohort_triples(read_cohort(rows, skipped), split, per_volume, p.name)
         return SliceSet(s.images, s.table, skipped)
     return simulated_triples(simulated, per_volume, seed, splits)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'DIRECTIONS', 'GAP', 'BLOCK', 'STEP', 'halves', 'single', 'unpair', 'pairs', 'kinds_of',
-           'mutual_information', 'mates', 'read_folder', 'two_folders', 'block_set', 'load_unpaired', 'match_histogram',
-           'through', 'relative', 'place_table', 'Sides', 'Rules']
+           'mutual_information', 'mates', 'read_folder', 'two_folders', 'upright', 'block_set', 'load_unpaired',
+           'match_histogram', 'through', 'relative', 'place_table', 'Sides', 'Rules']
 
 # %% ../nbs/18_unpaired.ipynb #e9e31acd
 import re
@@ -17,10 +17,10 @@ import torch
 
 from .batches import DeviceData
 from .core import UserError, mix
-from .datasets import SliceSet, find_volumes, load_slices, read_cohort, read_png, split_subjects
+from .datasets import SliceSet, find_volumes, load_slices, read_cohort, read_png
 from .translators import KNOTS, brightness, interpolate, knots, place, tones
 from .pixels import PixelRules
-from .triples import cohort_triples, load_triples
+from .triples import cohort_triples, load_triples, people_splits
 
 # %% ../nbs/18_unpaired.ipynb #4ddbaeed
 CONTRASTS, DIRECTIONS = ("T1", "T2"), {"T1toT2": (0, 1), "T2toT1": (1, 0)}   # direction -> (channel that is given, channel that is wanted)
@@ -47,7 +47,8 @@ def unpair(
     one=("train",),  # splits whose people give one contrast only
 ):
     "Without the other contrast of each person in `one`; slices of a single head (see `block_set`) stay as they are"
-    mine = {r["subject"]: r.get("site", "") for r in s.table if r.get("split", "") in one and "pair" not in r}; gives = halves(list(mine), list(mine.values()))
+    have = {(r["subject"], r["modality"]) for r in s.table}
+    mine = {r["subject"]: r.get("site", "") for r in s.table if r.get("split", "") in one and "pair" not in r and all((r["subject"], m) in have for m in CONTRASTS)}; gives = halves(list(mine), list(mine.values()))
     keep = [i for i, r in enumerate(s.table) if gives.get(r["subject"], r["modality"]) == r["modality"]]
     return s.subset(np.array(keep, int))
 
@@ -112,7 +113,16 @@ def read_folder(
 def two_folders(path):
     "{contrast: path} where a folder holds one folder or array of each contrast, else None"
     tries = ({"T1": "Tr1/TrainT1", "T2": "Tr2/TrainT2"}, {"T1": "T1", "T2": "T2"}, {"T1": "T1.npy", "T2": "T2.npy"})
-    return next(({k: Path(path) / v for k, v in t.items()} for t in tries if all((Path(path) / v).exists() for v in t.values())), None) if Path(path).is_dir() else None
+    holds = lambda p: p.is_file() or next((f for f in p.glob("*") if f.suffix.lower() == ".png"), None) is not None
+    return next(({k: Path(path) / v for k, v in t.items()} for t in tries if all(holds(Path(path) / v) for v in t.values())), None) if Path(path).is_dir() else None
+
+
+def upright(
+    images,  # (N,...,H,W)
+):
+    "Does the left half of the mean image mirror the right one better than the lower half the upper? Then the head stands, and is turned: networks mirror rows, as in the frames of the other data"
+    m = np.mean(np.asarray(images, np.float32).reshape(-1, *np.shape(images)[-2:]), 0); like = lambda v: np.corrcoef(m.ravel(), v.ravel())[0, 1]
+    return bool(like(m[:, ::-1]) > like(m[::-1]))
 
 
 def block_set(
@@ -122,6 +132,7 @@ def block_set(
     "Slices of one head, or of nobody knows whom, as a `SliceSet`: train, and a held-out block in dev and val, whose pairs mutual information has found"
     (a, na), (b, nb) = (read_folder(p) for p in two_folders(path).values()); name = Path(path).name
     if a.shape[1:] != b.shape[1:]: raise UserError(f"{path}: T1 slices of {a.shape[2:]}, T2 slices of {b.shape[2:]}; bring all to one size")
+    if turned := upright(a) and upright(b): a, b = (np.ascontiguousarray(v.swapaxes(2, 3)) for v in (a, b))
     best, _, lead, _ = mates(a[:, 0], b[:, 0]); sure = lead > .05; middle = len(a) // 2
     held = na[middle - BLOCK // 2:middle + BLOCK // 2] if held is None else np.asarray(held)
     if sure.mean() < .5: sure[:] = False                                           # truly unpaired: nothing to score, nothing to hold out
@@ -132,7 +143,7 @@ def block_set(
         for v, n in zip(x, map(int, numbers)):
             pair = n if m == "T1" and n in mate.values() else mate.get(n, "none") if m == "T2" else "none"
             for split in ("dev", "val") if n in block else ("",) if near(n, block) else ("train",):
-                if split: images.append(v); table.append(dict(subject=f"{name} {split}", site="", slice=n if pair == "none" else pair, position="", split=split, plane="axial", data=name, modality=m, pair=str(pair)))
+                if split: images.append(v); table.append(dict(subject=f"{name} {split}", site="", slice=n if pair == "none" else pair, position="", split=split, plane="axial", data=name, modality=m, pair=str(pair), turned="yes" if turned else "no"))
     return SliceSet(np.stack(images), table)
 
 # %% ../nbs/18_unpaired.ipynb #df755f54
@@ -147,7 +158,7 @@ def load_unpaired(
 ):
     "Single slices with modality and split, both contrasts of everybody as far as there are, as a `SliceSet`"
     if data is not None and two_folders(data): s = block_set(data)
-    elif data is not None and _lacks_pd(data, pattern): s = single(_two_volumes(Path(data), pattern, per_volume, strangers))
+    elif data is not None and _lacks_pd(data, pattern): s = _two_volumes(Path(data), pattern, per_volume, splits, strangers)
     else: s = single(load_triples(data, pattern, per_volume, simulated, splits, strangers, seed))
     return s if splits is None else s.subset(split=[k for k in splits if k in set(s.column("split").tolist())] or list(splits))
 
@@ -158,18 +169,20 @@ def _lacks_pd(data, pattern):
     return "PD" not in {r["modality"] for r in find_volumes(data, *([pattern] if pattern else []))}
 
 
-def _two_volumes(folder, pattern, n, strangers):
-    "Triples of a cohort without PD: T2 stands in for it, and is dropped again"
-    skipped = []; rows = find_volumes(folder, *([pattern] if pattern else []), modalities=list(CONTRASTS), skipped=skipped); site = {r["subject"]: r["site"] for r in rows}
-    split = dict.fromkeys(site, strangers) if strangers else split_subjects(list(site), list(site.values()))
-    s = cohort_triples(((k, t, v | {"PD": v["T2"]}) for k, t, v in read_cohort(rows, skipped)), split, n, folder.name)
-    return SliceSet(s.images, s.table, skipped)
+def _two_volumes(folder, pattern, n, splits, strangers):
+    "Slices of a cohort without PD, whoever has T1, T2 or both: what is missing of a triple is stood in for, and dropped again"
+    skipped = []; rows = [r for r in find_volumes(folder, *([pattern] if pattern else []), skipped=skipped) if r["modality"] in CONTRASTS]
+    have = {(r["subject"], r["modality"]) for r in rows}; rows, split = people_splits(rows, splits, strangers, folder)
+    whole = lambda v: {m: v.get(m, next(iter(v.values()))) for m in CONTRASTS} | {"PD": v.get("T2", next(iter(v.values())))}
+    s = single(cohort_triples(((k, t, whole(v)) for k, t, v in read_cohort(rows, skipped)), split, n, folder.name))
+    s = s.subset(np.array([(r["subject"], r["modality"]) in have for r in s.table])); return SliceSet(s.images, s.table, skipped)
 
 # %% ../nbs/18_unpaired.ipynb #f8261de5
 def match_histogram(
-    x, y,  # uint8 images of either contrast, any shapes
+    x, y,  # images of either contrast, uint8 or in [0,1], any shapes
 ):
     "(256,) float32: for each gray of x the value of equal rank in y, in [0,1]"
+    x, y = (v if v.dtype == np.uint8 else np.round(np.clip(v, 0, 1) * 255).astype(np.uint8) for v in map(np.asarray, (x, y)))
     h = [np.bincount(np.asarray(v).ravel(), minlength=256) for v in (x, y)]; cx, cy = (np.cumsum(v) / v.sum() for v in h); cx = cx - h[0] / h[0].sum() / 2
     return np.interp(cx, cy, np.arange(256) / 255).astype(np.float32)
 
@@ -223,6 +236,8 @@ class Sides:
         kinds, self.names = kinds_of(data) if matched and not paired else (np.zeros(len(data), int), ["all"])
         one = lambda i, m: SliceSet(both.images[:, i:i + 1], both.table) if paired else data.subset(modality=m)
         which = lambda m: np.zeros(len(both), int) if paired else kinds[data.column("modality") == m]
+        p = [data.subset(modality=m).column("pair") for m in CONTRASTS] if "pair" in data.table[0] and not paired else None
+        self.mates = p and torch.from_numpy((p[0][:, None] == p[1][None]) & (p[0][:, None] != "none"))   # of a single head, (N,M): never each other's lookalikes
         self.told = None                                                           # of `Translator.told`, for each contrast
         self.likes = None                                                          # for each contrast (N,n,H,W) uint8: see `lookalikes`
         self.paired, self.x = paired, [DeviceData(one(i, m), device) for i, m in enumerate(CONTRASTS)]
