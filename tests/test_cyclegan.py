@@ -4,6 +4,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mri_gen.cli import main
@@ -57,6 +58,8 @@ def test_png_folder(place, tmp_path, capsys):
     call(capsys, *words(place, "in.npy", tmp_path / "y.npy")); y = np.load(tmp_path / "y.npy")
     for i in range(5): im = Image.open(tmp_path / f"out/Image #{i}.png"); assert im.mode == "L" and np.abs(np.asarray(im) / 255 - y[i]).max() < .51 / 255
     wrong(capsys, *words(place, "png", tmp_path / "out"), says="--force")
+    code, *_ = call(capsys, *words(place, "png", tmp_path / "out"), "--force"); assert code == 0
+    wrong(capsys, *words(place, "png", place / "png"), "--force", says="another folder"); (tmp_path / "out/mine.txt").write_text("kept"); wrong(capsys, *words(place, "png", tmp_path / "out"), "--force", says="never replaced")
 
 
 def test_volume(place, tmp_path, capsys):
@@ -93,6 +96,37 @@ def test_two_folders_train_and_score(tmp_path, capsys):
     assert main(["train", "cyclegan", "--profile", "png", *(w for f in FIELDS for w in ("-p", f)), "--data", tmp_path / "set", "--out", tmp_path / "runs", "--name", "toy", "--device", "cpu"]) == 0
     code, out, err = call(capsys, "evaluate", "cyclegan", "--data", tmp_path / "set", "--weights", tmp_path / "runs/toy", "--out", tmp_path / "m.json", "--device", "cpu"); assert code == 0, err
     got = json.loads((tmp_path / "m.json").read_text()); assert {r["n_images"] for r in got} == {6} and {r["method"] for r in got} >= {"png", "lookup", "histogram"}
+
+
+def test_float_arrays_of_two_contrasts(tmp_path, capsys):
+    "T1.npy and T2.npy in [0,1], heads lying on their side: rules fit, and nothing is turned"
+    from mri_gen.unpaired import Rules, block_set, pairs, unpair
+    g = np.random.default_rng(3); y, x = np.mgrid[-1:1:64j, -1:1:80j]; r = np.hypot(y * 1.2, x); lean = np.sin(2 * x)             # rows are mirrored, columns are not
+    t1 = np.stack([(np.cos((4 + .3 * i) * r + lean) * .4 + .5) * (r < .9) for i in range(24)]).astype(np.float32); np.save(tmp_path / "T1.npy", t1); np.save(tmp_path / "T2.npy", np.float32((.95 - .8 * t1) * (r < .9)))
+    s = block_set(tmp_path); assert s.images.shape[2:] == (64, 80) and s.table[0]["turned"] == "no" and len(pairs(s.subset(split="val"))) == 6
+    train = s.subset(split="train"); rules = Rules.fit(train, trees=False); v = pairs(s.subset(split="val")).float()
+    assert np.square(rules("lookup", v, "T1toT2") - v[:, 1]).mean() < np.square(v[:, 0] - v[:, 1]).mean() / 4
+
+
+def test_mates_of_one_head_are_not_lookalikes(tmp_path):
+    from mri_gen.lookalikes import nearest
+    from mri_gen.unpaired import Sides, block_set
+    y, x = np.mgrid[-1:1:64j, -1:1:80j]; r = np.hypot(y * 1.2, x)
+    t1 = np.stack([(np.cos((4 + .3 * i) * r + np.sin(2 * x)) * .4 + .5) * (r < .9) for i in range(24)]).astype(np.float32); np.save(tmp_path / "T1.npy", t1); np.save(tmp_path / "T2.npy", np.float32((.95 - .8 * t1) * (r < .9)))
+    s = Sides(block_set(tmp_path).subset(split="train"), matched=False); a = torch.from_numpy(t1[:len(s.x[0])])[:, None].repeat(1, 2, 1, 1)
+    assert (s.mates.sum(1) == 1).sum() >= 10
+    at = nearest(a, s.kind[0], a, s.kind[1], 2, s.mates); assert not s.mates.gather(1, at).any()
+
+
+def test_people_of_whom_one_contrast_is_there(place, tmp_path):
+    "Volumes of T1 of some and T2 of others: nobody is needed twice, and data/splits.csv is obeyed"
+    from mri_gen.unpaired import load_unpaired, unpair
+    x = np.load(place / "in.npy"); big = np.repeat(x[:1], 6, 0).transpose(1, 2, 0)
+    for who, m in (("A1", "T1"), ("A2", "T1"), ("B1", "T2"), ("B2", "T2"), ("IXI028", "T1"), ("IXI028", "T2")):
+        (tmp_path / who).mkdir(exist_ok=True); nib.save(nib.Nifti1Image((big * 800).astype(np.int16), np.diag([2.2, 2.2, 4, 1])), tmp_path / who / f"{m}.nii.gz")
+    s = load_unpaired(tmp_path, per_volume=3); got = {(r["subject"], r["modality"]) for r in s.table}
+    assert got == {("A1", "T1"), ("A2", "T1"), ("B1", "T2"), ("B2", "T2"), ("IXI028", "T1"), ("IXI028", "T2")} and {r["split"] for r in s.table if r["subject"] == "IXI028"} == {"val"}
+    kept = {(r["subject"], r["modality"]) for r in unpair(s, ("train", "val", "dev")).table}; assert kept >= got - {("IXI028", "T1"), ("IXI028", "T2")} and len(kept) == 5
 
 
 def test_a_paused_run_loses_nothing(place, tmp_path):
