@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'CHUNK', 'METHODS', 'RULES', 'PNG', 'CARD', 'Config', 'build', 'load_data', 'generators_loss',
            'adversarial', 'regression', 'checks', 'ways', 'job', 'Converter', 'pretrained', 'predict', 'Evaluation',
-           'score', 'evaluate', 'companions', 'pictures']
+           'score', 'evaluate', 'companions', 'slim', 'pictures']
 
 # %% ../nbs/24_cyclegan.ipynb #e0544d9a
 import time, warnings
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from .cells import score_cell
-from .checkpoint import find_weights, load_into, load_weights, save_weights
+from .checkpoint import find_weights, identity, load_into, load_weights, save_weights
 from .core import UserError, data_dir, locked, mix, pick_device, root, whole
 from .datasets import SliceSet, check_array, read_array, read_png
 from .lookalikes import by_table, kept_lookalikes
@@ -216,7 +216,12 @@ class Converter:
         try: self.cfg = Config.check(**self.meta["config"]); made = build(self.cfg, self.meta.get("kinds", 1))
         except (KeyError, UserError) as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
         self.nets = {k: made[k].to(self.device, memory_format=torch.channels_last).eval() for k in DIRECTIONS}
-        for k, n in self.nets.items(): load_into(n, nets.get(k, {}), path)
+        for k, n in self.nets.items():
+            if eye := self.meta.get("eye"):                                        # shipped beside it, see `slim`
+                n.open_eye(); seen = n.eye.state_dict()
+                if identity(seen) != eye: raise UserError(f"{path}: was trained with another feature network than the one in artifacts/features; use the version that wrote it, or train anew")
+                nets[k] = nets.get(k, {}) | {f"eye.{j}": v for j, v in seen.items()}
+            load_into(n, nets.get(k, {}), path)
 
     def translate(self,
         x,             # (N,H,W) float32 in [0,1]
@@ -388,6 +393,17 @@ def companions(
     return {"floors": ({k: v for k, v in nets.items() if k != "trees"}, about("floors"))} | ({"trees": ({"trees": nets["trees"]}, about("trees"))} if "trees" in nets else {})
 
 # %% ../nbs/24_cyclegan.ipynb #ca9cefd8
+def slim(nets, meta):
+    "What is shipped of a run: generators without the frozen feature network, where the same one is shipped under its own name"
+    from mri_gen.baselines import Features
+    eyes = [{n.removeprefix("eye."): v for n, v in nets.get(k, {}).items() if n.startswith("eye.")} for k in DIRECTIONS]
+    try: own = Features(None, "cpu").net.state_dict()
+    except UserError: own = {}
+    same = lambda e: e.keys() == own.keys() and all(torch.allclose(v.float(), own[n].float(), rtol=1e-3, atol=1e-5) for n, v in e.items())   # averaging weights rounds
+    if not all(map(same, eyes)): return nets, meta
+    return {k: {n: v for n, v in sd.items() if not n.startswith("eye.")} for k, sd in nets.items() if k in DIRECTIONS}, meta | {"eye": identity(own)}
+
+
 CARD = dict(
     title="Translation between T1 and T2, learned without pairs",
     use="Turns axial head slices from T1 to T2 or back; arrays of 224x224 pixels of 0.94 mm with the anterior side to the right, or volumes, which are cut into such slices. Intensities per volume in [0,1]. `png`: slices of the original project's set, one head, 181 wide and 217 high.",

@@ -139,7 +139,7 @@ class Translator(nn.Module):
         self.local = nn.Conv2d(n + context, head, 3, padding=1)
         self.head = nn.Sequential(nn.SiLU(), nn.Conv2d(head, head, 3, padding=1), nn.SiLU(), zero_(nn.Conv2d(head, 2, 1)))
         for c in (self.local, self.head[1]): nn.init.kaiming_normal_(c.weight, nonlinearity="relu"); nn.init.zeros_(c.bias)
-        self.eye = FeatureNet().requires_grad_(False); self.register_buffer("sees", torch.zeros(()))
+        self.eye = FeatureNet().requires_grad_(False).eval(); self.register_buffer("sees", torch.zeros(()))
         self.light = nn.Sequential(nn.Linear(TONES + 2 + len(LEVELS) + 32, emb), nn.SiLU(), zero_(nn.Linear(emb, 1)))
 
     def train(self, mode=True): super().train(mode); self.eye.eval(); return self      # its statistics stay as they are

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'PRIORS', 'METHODS', 'RULES', 'NETWORKS', 'verdicts', 'CARD', 'Config', 'autoencoder', 'build',
-           'augment', 'identity', 'where_of', 'load_data', 'job', 'prior_job', 'Tokeniser', 'pretrained', 'decode_file',
-           'Sampler', 'sample', 'Evaluation', 'evaluate', 'coded', 'companions', 'slim', 'pictures']
+           'augment', 'where_of', 'load_data', 'job', 'prior_job', 'Tokeniser', 'pretrained', 'decode_file', 'Sampler',
+           'sample', 'Evaluation', 'evaluate', 'coded', 'companions', 'slim', 'pictures']
 
 # %% ../nbs/23_vqvae.ipynb #4dd2b1ff
 import math, time
@@ -20,9 +20,9 @@ from pydantic import Field
 
 from .axial import POSITIONS, load_t1
 from .batches import DeviceData
-from .checkpoint import find_weights, load_into, load_weights
+from .checkpoint import find_weights, identity, load_into, load_weights
 from .codes import ScalarQuantiser, VectorQuantiser, bits_per_pixel, count_codes, load_codes, usage, usage_figure
-from .core import UserError, generator, mix_arrays, pick_device, whole
+from .core import UserError, generator, pick_device, whole
 from .datasets import SliceSet, check_array, read_array
 from .drawn import quality, words
 from .patches import PatchCodes, block_mean
@@ -119,11 +119,6 @@ def augment(
     if (h, w) == tuple(x.shape[2:]): return x
     ij = (u[:, 2:] * torch.tensor([x.shape[2] - h + 1, x.shape[3] - w + 1], device=u.device)).long().tolist()
     return torch.stack([v[:, i:i + h, j:j + w] for v, (i, j) in zip(x, ij)])
-
-
-def identity(tensors):
-    "Hash of an autoencoder's parameters in half precision: a prior knows the codes of this one only"
-    return f"{mix_arrays(*((tensors[k].half() if tensors[k].is_floating_point() else tensors[k]).numpy() for k in sorted(tensors))):016x}"
 
 
 def where_of(table): return torch.tensor([POSITIONS.index(r["position"]) if r.get("position") in POSITIONS else len(POSITIONS) for r in table])
