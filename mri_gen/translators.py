@@ -125,7 +125,7 @@ class Translator(nn.Module):
     "A table, corrected by a U-Net at a fraction of the size and a head at full size, on relative intensities; a fake, an answer, and a guess of the brightness"
     normalised = True
     def __init__(self,
-        chs=(48, 96, 192),  # channels of the U-Net per resolution
+        chs=(32, 64, 128),  # channels of the U-Net per resolution
         blocks=1,           # its residual blocks per resolution and direction
         patch=4,            # side of the patches it folds into channels
         context=8,          # channels it hands to the head
