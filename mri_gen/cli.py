@@ -358,11 +358,11 @@ def predict_cyclegan(
     kind, ends = ("folder", ()) if input.is_dir() else ("volume", (".nii", ".nii.gz")) if volume else ("array", (".npy",))
     if kind != "folder" and not out.name.endswith(ends): raise UserError(f"--out {out}: {input.name} is {'an' if kind == 'array' else 'a'} {kind}, so name a file that ends in {' or '.join(ends)}")
     net = Converter(weights, device)
-    if kind == "folder": n = net.folder(input, out, direction, sharp or None, force); say(f"{out}: {n} slices, {direction} by {net.method}"); return
+    if kind == "folder": n = net.folder(input, out, direction, sharp, force); say(f"{out}: {n} slices, {direction} by {net.method}"); return
     if kind == "volume":
         from mri_gen.volumes import write_volume
-        y, like = net.volume(input, direction, sharp or None); write_volume(out, y, like, force=force); say(f"{out}: on the grid of {like.path}, in [0,1], {direction} by {net.method}"); return
-    with whole(out, force) as tmp: y = net.predict(str(input), direction, sharp or None); save_array(tmp, y)
+        y, like = net.volume(input, direction, sharp); write_volume(out, y, like, force=force); say(f"{out}: on the grid of {like.path}, in [0,1], {direction} by {net.method}"); return
+    with whole(out, force) as tmp: y = net.predict(str(input), direction, sharp); save_array(tmp, y)
     say(f"{out}: {len(y) if y.ndim > 2 else 1} slices {y.shape[-2]}x{y.shape[-1]}, {direction} by {net.method}")
 
 

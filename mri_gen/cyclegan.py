@@ -43,7 +43,7 @@ class Config(TrainConfig):
         "demo": dict(_OURS, steps=80, batch_size=2, chs=(16, 32), head=12, d_chs=(16, 32, 64), warmup=10, ema=.95, crop=(80, 80), lookalikes=1, bend=(20, 10), log_every=20, val_every=80, save_every=80, per_volume=12, simulated=6, val_images=6),
         "full": dict(_OURS, steps=3500),
         "paired": dict(_OURS, method="paired", lookalikes=0, steps=4000, beta1=.9, batch_size=8),
-        "png": dict(_OURS, method="png", steps=3000, chs=(16, 32, 64), d_chs=(32, 64, 128), matched=False, lookalikes=2, sharp=True),
+        "png": dict(_OURS, method="png", steps=3000, chs=(16, 32, 64), d_chs=(32, 64, 128), matched=False, lookalikes=2, share=1.),
         "original": dict(_PAPER, method="original", steps=4300, gan="bce", pool=0, lr_end=1.),
         "resnet9": dict(_PAPER, method="resnet9", steps=4300),
     }
@@ -64,7 +64,7 @@ class Config(TrainConfig):
     structure: float = Field(0., ge=0, description="weight of the local correlation of fake and input; rewards handing the input back")
     lookalikes: int = Field(3, ge=0, description="slices of other people, bent onto each slice, to learn from; 0: none")
     bend: tuple[int, int] = Field((40, 30), description="iterations of bending at a quarter and at half of the size")
-    sharp: bool = Field(False, description="what is handed out is the fake, not the answer that is learned from lookalikes")
+    share: float = Field(.4, ge=0, le=1, description="share of the fake in what is handed out; the rest is the answer, learned from lookalikes. Chosen on dev")
     relook: str = Field("", description="weights (a run, a file, or shipped name) whose answers find the lookalikes, instead of the tables: a second round")
     borrow: float = Field(10., ge=0, description="weight of the distance of the answer to a lookalike")
     borrow_fake: float = Field(.3, ge=0, le=1, description="share of the steps over which the fake learns from lookalikes, too, less and less ...")
@@ -148,7 +148,7 @@ def checks(
     nets,  # {direction: network}
     x,     # (N,2,H,W) both contrasts
     pair,  # are they of the same slice?
-    fake=False,  # judge the fakes, not the answers
+    fake=0.,  # share of the fake in what is judged
 ):
     "{figure: value} of a validation"
     from mri_gen.measure import ssim_tensor
@@ -200,7 +200,7 @@ def job(
     opts = {k: adamw(v, cfg) for k, v in opts.items()}
     for g in opts["critics"].param_groups if "critics" in opts else (): g["lr"] *= cfg.d_lr
     state = {} if cfg.method == "paired" else {k: v for m in CONTRASTS for k, v in pools[m].state(m).items()}
-    return Job(nets, opts, step, len(sides), lambda nets: checks(nets, some, dev is not None, cfg.sharp), preview, state, {"task": "cyclegan", "method": cfg.method, "kinds": len(sides.names), "turned": data.table[0].get("turned") == "yes", "trained_on": fingerprint(data)}, data.skipped)
+    return Job(nets, opts, step, len(sides), lambda nets: checks(nets, some, dev is not None, cfg.share), preview, state, {"task": "cyclegan", "method": cfg.method, "kinds": len(sides.names), "turned": data.table[0].get("turned") == "yes", "trained_on": fingerprint(data)}, data.skipped)
 
 # %% ../nbs/24_cyclegan.ipynb #56b164bc
 class Converter:
@@ -226,22 +226,22 @@ class Converter:
     def translate(self,
         x,             # (N,H,W) float32 in [0,1]
         direction,     # "T1toT2" or "T2toT1"
-        sharp=None,    # the fake instead of the answer; None: as its configuration says
+        sharp=False,   # the fake alone, not mixed with the answer
         volume=False,  # slices are neighbours: brightness is smoothed along them
     ):
         "(N,H,W) float32 in [0,1]"
         if direction not in DIRECTIONS: raise UserError(f"--direction {direction}: use T1toT2 or T2toT1")
-        net, sharp = self.nets[direction], self.cfg.sharp if sharp is None else sharp
+        net, share = self.nets[direction], 1. if sharp else self.cfg.share
         parts = [torch.from_numpy(np.array(x[i:i + CHUNK], np.float32))[:, None] for i in range(0, len(x), CHUNK)]
         parts = [F.pad(v, (0,) * 7 + (CHUNK - len(v),)).to(self.device) for v in parts]
         light = [torch.stack(v, 1) for v in (lights(net, p) for p in parts)]
         if volume: log = F.pad(torch.cat(light)[:len(x)].log().T[:, None], (2, 2), mode="replicate"); log = F.conv1d(log, log.new_tensor([[[1, 2, 3, 2, 1]]]) / 9)[:, 0].T; light = F.pad(log, (0, 0, 0, -len(x) % CHUNK)).exp().split(CHUNK)
-        return torch.cat([render(net, p, sharp, self.mirror, tuple(v.T)) for p, v in zip(parts, light)])[:len(x), 0].cpu().numpy()
+        return torch.cat([render(net, p, share, self.mirror, tuple(v.T)) for p, v in zip(parts, light)])[:len(x), 0].cpu().numpy()
 
     def predict(self,
         images,         # (N,H,W), (N,1,H,W) or (H,W) in [0,1] (uint8: divided by 255), the path of such a .npy file, or a volume: path, nibabel image
         direction,      # "T1toT2" or "T2toT1"
-        sharp=None,     # the fake instead of the answer; None: as its configuration says
+        sharp=False,    # the fake alone, not mixed with the answer
     ):
         "Arrays: of the same shape. Volumes: a nibabel image on the same grid, in [0,1]"
         if direction not in DIRECTIONS: raise UserError(f"--direction {direction}: use T1toT2 or T2toT1")
@@ -251,12 +251,12 @@ class Converter:
         raw = read_array(images) if isinstance(images, (str, Path)) else images
         return self.standing(check_array(raw, str(images) if isinstance(images, (str, Path)) else "images")[:, 0], direction, sharp).reshape(raw.shape)
 
-    def standing(self, x, direction, sharp=None):
+    def standing(self, x, direction, sharp=False):
         "`translate` of slices as they lie in the files: those of a set of upright heads are turned, and turned back"
         turn = (lambda v: np.ascontiguousarray(np.swapaxes(v, -1, -2))) if self.meta.get("turned") else lambda v: v
         return turn(self.translate(turn(np.asarray(x)), direction, sharp))
 
-    def volume(self, given, direction, sharp=None):
+    def volume(self, given, direction, sharp=False):
         "((X,Y,Z) in [0,1], the input as `Volume`, on whose grid it is)"
         from mri_gen.triples import Frame, trained_scale
         from mri_gen.volumes import volume_from
@@ -267,7 +267,7 @@ class Converter:
         if (j := jumps(full[a:b], cut[a:b])) > 2: warnings.warn(f"{name}: the result changes {j:.1f} times as much from slice to slice as the input does; the slices do not fit together, perhaps they are not axial or not {direction[:2]}", stacklevel=3)
         return np.clip(f.back(full), 0, 1), v
 
-    def folder(self, src, out, direction, sharp=None, force=False):
+    def folder(self, src, out, direction, sharp=False, force=False):
         "Every PNG of a folder, under its name, 8 bit gray; the folder appears whole. Returns how many"
         from PIL import Image
         files = sorted(p for p in Path(src).iterdir() if p.suffix.lower() == ".png" and not p.name.startswith("."))
@@ -287,7 +287,7 @@ def pretrained(weights=None, device="auto"):
     return Converter(weights, device)
 
 
-def predict(images, direction, weights=None, device="auto", sharp=None):
+def predict(images, direction, weights=None, device="auto", sharp=False):
     "One call: see `Converter.predict`"
     return Converter(weights, device).predict(images, direction, sharp)
 
@@ -340,7 +340,7 @@ def evaluate(
     for k, net in used.items():
         timings[k] = 0.
         for d, (s, w) in DIRECTIONS.items():
-            t0 = time.perf_counter(); y = np.clip(rules(k, x, d) if net is None else net.translate(x[:, s], d, sharp=k == "sharp" or None), 0, 1); timings[k] += (time.perf_counter() - t0) / len(x) / 2; cell = d.replace("to", "->")
+            t0 = time.perf_counter(); y = np.clip(rules(k, x, d) if net is None else net.translate(x[:, s], d, sharp=k == "sharp"), 0, 1); timings[k] += (time.perf_counter() - t0) / len(x) / 2; cell = d.replace("to", "->")
             examples.setdefault(k, {})[cell] = y[shown].astype(np.float16); rows += score(y, truth, w, dict(task="cyclegan", method=k, data=name, split=split), cell)
     tested = [r for r in rows if "," not in r["cell"]]
     comparisons = [c | dict(region=region) for region in ("foreground", "whole") for c in compare_all(tested, main, ("psnr", "ssim"), region=region)] if main else []

@@ -288,13 +288,13 @@ def near_loss(y, x, kind):
 def render(
     net,           # generator
     x,             # (B,1,H,W) whole slices in [0,1]
-    fake=False,    # the fake instead of the answer
-    mirror=True,   # mean with the answer for the mirrored image
+    fake=0.,       # share of the fake in what comes out; the rest is the answer
+    mirror=True,   # mean with what comes of the mirrored image
     light=None,    # (B,) brightness of input and (B,) of output; None: each slice's own, and the guess
 ):
     "(B,1,H,W) translated slices in [0,1]"
-    given, wanted = light or lights(net, x); n = x / given[:, None, None, None]; k = 0 if fake else 1
-    y = net(n)[k] if not mirror else (net(n)[k] + net(n.flip(2))[k].flip(2)) / 2
+    given, wanted = light or lights(net, x); n = x / given[:, None, None, None]; mixed = lambda v: (lambda f, a: a + fake * (f - a))(*net(v))
+    y = mixed(n) if not mirror else (mixed(n) + mixed(n.flip(2)).flip(2)) / 2
     return (y * wanted[:, None, None, None]).clamp(0, 1)
 
 
