@@ -315,7 +315,7 @@ def test_run(call, wrong, place, tmp_path):
 def test_published(place):
     a = place / "home/artifacts/inpaint"
     assert list(json.loads((a / "weights.json").read_text())) == ["unet", "ridge"]
-    for f in ("unet.safetensors", "ridge.safetensors", "metrics.json", "comparisons.json", "rows.csv", "training.csv", "training.png", "config.json", "env.json", "model_card.md"): assert (a / f).stat().st_size > 0, f
+    for f in ("unet.safetensors", "ridge.safetensors", "metrics.json", "comparisons.json", "rows.csv.gz", "training.csv", "training.png", "config.json", "env.json", "model_card.md"): assert (a / f).stat().st_size > 0, f
     assert len(list((a / "figures").glob("*.png"))) >= 3
     from safetensors.numpy import load_file
     assert {v.dtype for v in load_file(a / "unet.safetensors").values()} == {np.dtype(np.float16)}
