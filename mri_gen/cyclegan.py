@@ -274,6 +274,7 @@ class Converter:
         if not files: raise UserError(f"{src}: no PNG files; pass a folder of slices, a .npy file or a NIfTI volume")
         if Path(out).resolve() == Path(src).resolve(): raise UserError(f"{out}: holds the slices themselves; choose another folder")
         images = [check_array(read_png(p)[:, None], str(p), constant=True)[0, 0] for p in files]
+        if not self.meta.get("turned") and upright([v for v in images if v.shape == images[0].shape]): warnings.warn(f"{src}: heads stand upright; this network knows them with the anterior side to the right. Turn the slices, or use --weights png for the original project's set", stacklevel=2)
         with whole(out, force, ours=[p.name for p in files]) as tmp:
             tmp.mkdir(parents=True)
             for shape in dict.fromkeys(x.shape for x in images):
