@@ -29,7 +29,7 @@ from .slices import fingerprint
 from .train import Job, TrainConfig, adamw, source_id
 from .translators import GAN_LOSSES, Critic, OriginalCritic, OriginalTranslator, Pool, ResNetTranslator, Translator, fool_loss, judge_loss, jumps, lights, near_loss, render, structure_loss
 from .triples import a_few
-from .unpaired import CONTRASTS, DIRECTIONS, Rules, Sides, load_unpaired, pairs, two_folders, unpair
+from .unpaired import CONTRASTS, DIRECTIONS, Rules, Sides, load_unpaired, pairs, two_folders, unpair, upright
 
 # %% ../nbs/24_cyclegan.ipynb #eb1e3fc6
 _OURS = dict(batch_size=4, lr=1e-3, warmup=100, beta1=.5, beta2=.99, ema=.998, channels_last=True, log_every=100, val_every=500, save_every=250)
