@@ -166,8 +166,7 @@ def simulated_part(
     "Where the brain's outline lies in translated simulated heads, as a `Part`"
     from mri_gen.figures import grid
     from mri_gen.metrics import summarise
-    from mri_gen.mmgan_study import simulated_head
-    from mri_gen.triples import Frame, trained_scale
+    from mri_gen.triples import Frame, simulated_head, trained_scale
     rows, shown = [], []
     for n in range(heads):
         v, labels = simulated_head(n + 1, 7, spacing); f = Frame(v["PD"], labels > 0)
