@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESTORE', 'GENERATE', 'IMPUTE', 'STEPS', 'LEARN', 'QUANTISERS', 'QUANTISE', 'CODE', 'TRANSLATE', 'LEARN_BOTH',
-           'TOPICS', 'Topic', 'measure_topic', 'restoring', 'drawing', 'imputing', 'Triples', 'plain_losses',
-           'learning', 'quantising', 'coding', 'translating', 'BothSides', 'plain_cycle', 'learning_both', 'child']
+           'UPSCALE', 'DEPTHS', 'DEEPEN', 'TOPICS', 'Topic', 'measure_topic', 'restoring', 'drawing', 'imputing',
+           'Triples', 'plain_losses', 'learning', 'quantising', 'coding', 'translating', 'BothSides', 'plain_cycle',
+           'learning_both', 'upscaling', 'deepening', 'child']
 
 # %% ../nbs/35_bench_tasks.ipynb #b7779eca
 import itertools, tempfile, time
@@ -299,10 +300,48 @@ LEARN_BOTH = Topic("A training step of translation: both generators, both discri
     "ours: plain / our engine": ("ours, plain", "ours", ">= 1.5"), "ours: plain / our engine in fp32": ("ours, plain", "ours, fp32", ""),
     "original: plain / our engine": ("original, plain", "original", ""), "original / ours": ("original", "ours", "")}, 4, "slices of each contrast")
 
+# %% ../nbs/35_bench_tasks.ipynb #benchsr1
+def upscaling(n, device):
+    "Rows of the topic `upscale`"
+    from mri_gen.resolution import Resolution
+    from mri_gen.sr3d import Upscaler
+    r, y = Resolution("mean"), torch.from_numpy(numpy_generator("upscale").random((60, 60, 45), np.float32)).to(device); shape = [2 * k for k in y.shape]
+    rows = {"cubic": lambda: [r.enlarge(y, shape) for _ in range(n)], "back-projection": lambda: [r.back_project(y, shape) for _ in range(n)]}
+    try: up = Upscaler(None, device)
+    except UserError as e: return rows | {k: Skip(str(e)) for k in ("regression", "a draw, 4 steps", "a draw, 50 steps")}
+    rows["regression"] = lambda: [up.double(y, "regression") for _ in range(n)]
+    return rows | ({f"a draw, {k} steps": (lambda k=k: [up.double(y, "diffusion", k) for _ in range(n)]) for k in (4, 50)} if up.method == "diffusion" else {})
+
+
+UPSCALE = Topic("Twice the resolution of a head, 60x60x45 to 120x120x90", upscaling, {
+    "50 steps / 4 steps": ("a draw, 50 steps", "a draw, 4 steps", ""), "a draw / regression": ("a draw, 4 steps", "regression", ""), "regression / back-projection": ("regression", "back-projection", "")}, 1, "heads")
+DEPTHS = {"plain, depth 4": (4, "plain"), "plain, depth 16": (16, "plain"), "checkpointed, depth 16": (16, "checkpointed"), "reversible, depth 4": (4, "forget"), "reversible, depth 16": (16, "forget")}
+
+
+def deepening(n, device, rows=tuple(DEPTHS)):
+    "Rows of the topic `deepen`: forward and backward through a chain of couplings"
+    from torch.utils.checkpoint import checkpoint
+    from mri_gen.reversible import Chain, Coupling
+    out = {}
+    for k in rows:
+        depth, how = DEPTHS[k]; torch.manual_seed(0); net = Chain([Coupling(32) for _ in range(depth)], how == "forget").to(device)
+        def go(net=net, how=how):
+            x = v = torch.zeros(n, 32, 48, 48, 48, device=device, requires_grad=True)
+            if how == "checkpointed":
+                for b in net.blocks: v = checkpoint(b, v, use_reentrant=False)
+            else: v = net(x)
+            v.square().mean().backward(); return x.grad
+        out[k] = go
+    return out
+
+
+DEEPEN = Topic("Forward and backward through couplings, 32 channels, 48x48x48", deepening, {
+    "reversible / plain, time": ("reversible, depth 16", "plain, depth 16", ""), "checkpointed / plain, time": ("checkpointed, depth 16", "plain, depth 16", ""), "reversible 16 / reversible 4, time": ("reversible, depth 16", "reversible, depth 4", "")}, 1, "volumes", tuple(DEPTHS))
+
 # %% ../nbs/35_bench_tasks.ipynb #benchtr7
 def child(row, cfg, device, budget, topic, n):
     "What `bench.alone` runs for a row of a topic"
     tell(TOPICS[topic].make(n, device, (row,))[row] if row else TOPICS[topic].make(n, device, ()) and None, device, budget)
 
 
-TOPICS = {"restore": RESTORE, "generate": GENERATE, "impute": IMPUTE, "impute-step": LEARN, "quantise": QUANTISE, "code": CODE, "translate": TRANSLATE, "translate-step": LEARN_BOTH}   # `mri_gen bench --topic NAME`
+TOPICS = {"restore": RESTORE, "generate": GENERATE, "impute": IMPUTE, "impute-step": LEARN, "quantise": QUANTISE, "code": CODE, "translate": TRANSLATE, "translate-step": LEARN_BOTH, "upscale": UPSCALE, "deepen": DEEPEN}   # `mri_gen bench --topic NAME`

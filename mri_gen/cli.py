@@ -6,8 +6,8 @@
 __all__ = ['app', 'predict', 'decode', 'sample', 'download', 'Profile', 'Params', 'Data', 'Force', 'Device', 'Weights', 'message',
            'say_error', 'main', 'existing', 'say', 'download_ixi', 'simulate', 'preprocess', 'train',
            'notebook_parameters', 'execute', 'run', 'sweep', 'publish', 'evaluate', 'report', 'predict_inpaint',
-           'predict_mmgan', 'predict_cyclegan', 'predict_vqvae', 'decode_vqvae', 'sample_vqvae', 'generate', 'score',
-           'bench', 'doctor', 'demo']
+           'predict_mmgan', 'predict_cyclegan', 'predict_sr3d', 'predict_vqvae', 'decode_vqvae', 'sample_vqvae',
+           'generate', 'score', 'bench', 'doctor', 'demo']
 
 # %% ../nbs/39_cli.ipynb #8931c3e8
 import sys, warnings
@@ -366,6 +366,35 @@ def predict_cyclegan(
     say(f"{out}: {len(y) if y.ndim > 2 else 1} slices {y.shape[-2]}x{y.shape[-1]}, {direction} by {net.method}")
 
 
+# %% ../nbs/39_cli.ipynb #sr3dpred
+@predict.command("sr3d")
+def predict_sr3d(
+    input: Annotated[Path, typer.Argument(metavar="LR.nii.gz", help="a T1 head volume with cubic voxels, any orientation")],
+    out: Annotated[Path, typer.Option(metavar="SR.nii.gz", help="the result, in the input's intensity units and field of view; with several samples their mean, and SR_std.nii.gz beside it")],
+    scale: Annotated[int, typer.Option(help="2, or 4: twice by 2")] = 2,
+    method: Annotated[Optional[str], typer.Option(help="diffusion: a draw, sharp; regression: the mean, smooth; or a rule: cubic, linear, nearest, back_projection, polyphase. Without it: what the weights are of")] = None,
+    steps: Annotated[int, typer.Option(help="of the diffusion sampler")] = 4,
+    samples: Annotated[int, typer.Option(help="draws: more than one give their mean and standard deviation")] = 1,
+    seed: int = 0,
+    tile: Annotated[int, typer.Option(help="greatest side of a piece, voxels of the result: bounds the memory")] = 160,
+    consistent: Annotated[bool, typer.Option("--consistent/--free", help="make block means of the result equal the input, exactly; --free: where the input is noisy")] = True,
+    weights: Weights = None, force: Force = False, device: Device = "auto",
+):
+    "Raise the resolution of a volume."
+    from mri_gen.core import UserError, pick_device
+    from mri_gen.sr3d import Upscaler
+    from mri_gen.volumes import write_volume
+    existing(input); pick_device(device)
+    if not out.name.endswith((".nii", ".nii.gz")): raise UserError(f"--out {out}: the result is a volume; name a .nii or .nii.gz file")
+    if tile < 32: raise UserError(f"--tile {tile}: at least 32 voxels")
+    end = ".nii.gz" if out.name.endswith(".nii.gz") else ".nii"; beside = out.with_name(out.name.removesuffix(end) + "_std" + end)
+    for p in (out, *([beside] if samples > 1 else [])):
+        if p.exists() and not force: raise UserError(f"{p}: exists already; choose another name or add --force")
+    up = Upscaler(weights, device); x, sd, like = up.upscale(input, scale, method, steps, samples, seed, tile, consistent, say=lambda s: print(s, file=sys.stderr, flush=True))
+    if sd is not None: write_volume(beside, sd, like, force=force)
+    write_volume(out, x, like, force=force)
+    say(f"{out}: {'x'.join(map(str, like.to_input(x).shape))} voxels of {' x '.join(f'{s:.3g}' for s in like.spacing)} mm, {method or up.method}" + (f"; standard deviation of {samples} draws in {beside}" if sd is not None else ""))
+
 # %% ../nbs/39_cli.ipynb #42449ee1
 def _npy(out, input):
     "Refuse another ending than .npy, and an input that is not there"
@@ -477,7 +506,7 @@ def score(
 @app.command()
 def bench(
     out: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="write rows, ratios, memory and the machine to this file")] = None,
-    topic: Annotated[str, typer.Option(help="what is timed: train (our training step against a plain one), or using a task's networks: restore, generate, impute, impute-step, quantise, code")] = "train",
+    topic: Annotated[str, typer.Option(help="what is timed: train (our training step against a plain one), or using a task's networks: restore, generate, impute, impute-step, quantise, code, translate, translate-step, upscale, deepen")] = "train",
     profile: Annotated[str, typer.Option(help="size: full (under 4 minutes), smoke (seconds, says nothing about speed)")] = "full",
     p: Params = None, force: Force = False, device: Device = "auto",
 ):

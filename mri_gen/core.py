@@ -9,7 +9,7 @@ __all__ = ['UserError', 'Skipped', 'tell_skipped', 'root', 'artifacts_dir', 'dat
            'pick_device', 'has_bf16', 'pick_precision', 'environment', 'RunFolder']
 
 # %% ../nbs/00_core.ipynb #0b2262d7
-import contextlib, csv, fcntl, hashlib, json, os, platform, random, shutil, subprocess, sys
+import contextlib, csv, fcntl, gzip, hashlib, json, os, platform, random, shutil, subprocess, sys, zlib
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -118,10 +118,10 @@ def write_json(path, obj, force=True):
 
 
 def read_json(path):
-    "JSON, or a `UserError` that names the file"
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    "JSON, also from a .gz, or a `UserError` that names the file"
+    try: raw = Path(path).read_bytes(); return json.loads((gzip.decompress(raw) if Path(path).suffix == ".gz" else raw).decode("utf-8"))
     except FileNotFoundError: raise UserError(f"{path}: no such file")
-    except (ValueError, OSError) as e: raise UserError(f"{path}: not readable as JSON ({e})")
+    except (ValueError, OSError, EOFError, zlib.error) as e: raise UserError(f"{path}: not readable as JSON ({e})")
 
 # %% ../nbs/00_core.ipynb #16a57849
 def read_rows(path):

@@ -42,7 +42,7 @@ class Config(TrainConfig):
         "smoke": dict(_OURS, steps=40, batch_size=2, chs=(8, 16), head=8, d_chs=(8, 16, 32), warmup=5, ema=.9, crop=(64, 64), lookalikes=1, bend=(10, 0), log_every=10, val_every=40, save_every=40, per_volume=6, simulated=4, val_images=4),
         "demo": dict(_OURS, steps=80, batch_size=2, chs=(16, 32), head=12, d_chs=(16, 32, 64), warmup=10, ema=.95, crop=(80, 80), lookalikes=1, bend=(20, 10), log_every=20, val_every=80, save_every=80, per_volume=12, simulated=6, val_images=6),
         "full": dict(_OURS, steps=3500),
-        "paired": dict(_OURS, method="paired", lookalikes=0, steps=4000, beta1=.9, batch_size=8),
+        "paired": dict(_OURS, method="paired", lookalikes=0, steps=2500, beta1=.9, batch_size=8),
         "png": dict(_OURS, method="png", steps=3000, chs=(16, 32, 64), d_chs=(32, 64, 128), matched=False, lookalikes=2, share=1.),
         "original": dict(_PAPER, method="original", steps=4300, gan="bce", pool=0, lr_end=1.),
         "resnet9": dict(_PAPER, method="resnet9", steps=4300),
@@ -411,7 +411,7 @@ CARD = dict(
     use="Turns axial head slices from T1 to T2 or back; arrays of 224x224 pixels of 0.94 mm with the anterior side to the right, or volumes, which are cut into such slices. Intensities per volume in [0,1]. `png`: slices of the original project's set, one head, 181 wide and 217 high.",
     source="ixi",
     data="IXI (brain-development.org), CC BY-SA 3.0: three axial slices (skull base, middle, vertex) of each person, scaled per volume by minimum and maximum. T1 of one half of the training subjects, T2 of the other; both of nobody. Subjects by data/splits.csv; `val` subjects were never trained on or chosen by. `png`: the original project's PNG slices, no licence stated, no picture of them is shown.",
-    limits="Healthy adults of three London scanners; slices at three heights only. What one contrast does not show is not in the other: a lesion visible in T2 alone is lost, and one may be smoothed or invented. The brightness of the translated volume is a guess. `png` is one head and knows no other; its few slices allow no block for choices beside that for the report, so both are the same six, and mates were kept out of its training as pairs. `paired`, the ceiling, is measured here but not shipped: `mri_gen train cyclegan --profile paired -p steps=2500` makes it. Not for clinical use.",
+    limits="Healthy adults of three London scanners; slices at three heights only. What one contrast does not show is not in the other: a lesion visible in T2 alone is lost, and one may be smoothed or invented. The brightness of the translated volume is a guess. `png` is one head and knows no other; its few slices allow no block for choices beside that for the report, so both are the same six, and mates were kept out of its training as pairs. `paired`, the ceiling, is measured here but not shipped: `mri_gen train cyclegan --profile paired` makes it. Not for clinical use.",
 )
 
 

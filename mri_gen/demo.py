@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'LESS', 'CODES', 'say', 'demo_folder', 'once', 'demo_cohort', 'demo_train', 'demo_test_slices', 'shipped',
            'demo_page', 'demo_inpaint', 'demo_generate', 'demo_preprocess', 'demo_volume', 'demo_impute', 'demo_coders',
-           'demo_codes', 'demo_contrasts', 'demo_translate', 'tour']
+           'demo_codes', 'demo_contrasts', 'demo_translate', 'demo_upscale', 'tour']
 
 # %% ../nbs/36_demo.ipynb #c1570218
 import time
@@ -236,6 +236,20 @@ def demo_translate(out, folder, run, device):
     db = {k: np.mean([-10 * np.log10(((n.translate(x[some][:, s], d) - x[some][:, w]) ** 2).mean()) for d, (s, w) in DIRECTIONS.items()]) for k, n in nets.items()}; same = np.mean(-10 * np.log10(((x[some][:, 0] - x[some][:, 1]) ** 2).mean()))
     return [f"T1 to T2 and back without pairs, {len(some)} slices each way: " + ", ".join(f"{k} {v:.1f} dB" for k, v in db.items()) + f"; the input as it is {same:.1f} dB" + ("" if "shipped weights" in nets else " (no weights are shipped yet)")]
 
+# %% ../nbs/36_demo.ipynb #demosr3d1
+def demo_upscale(out, run, device):
+    "Take resolution away from a test head and give it back; lines to print"
+    from mri_gen import sr3d
+    from mri_gen.figures import grid, png_bytes
+    from mri_gen.heads import load_heads, prepare
+    from mri_gen.volumes import write_volume
+    v = load_heads(out / "simulated_test", strangers="val").volumes[0]; nets = {"trained just now": sr3d.Upscaler(run.path, device)} | ({"shipped weights": sr3d.Upscaler(None, device)} if shipped("sr3d") else {})
+    r = next(iter(nets.values())).r; x, u, s = prepare(v.data, r); y = r.down(x); like = v.with_data(s.undo(y.numpy()), v.affine @ r.grid(x.shape)[1]); write_volume(out / "small.nii.gz", like.data, like, force=True)
+    got = {"cubic": u} | {k: n.double(y.to(n.device), None if n.method == "regression" else "diffusion")[0].cpu() for k, n in nets.items()}; got |= {"shipped, regression": nets["shipped weights"].double(y.to(nets["shipped weights"].device), "regression")[0].cpu()} if "shipped weights" in nets else {}
+    z = got["shipped weights"] if "shipped weights" in got else got["trained just now"]; high = like.with_data(s.undo(z.numpy()), like.affine @ np.linalg.inv(r.grid(x.shape)[1])); write_volume(out / "large.nii.gz", high.data, high, force=True)
+    k = int(x.shape[2] * .55); (run.path / "figures").mkdir(exist_ok=True); (run.path / "figures/upscaled.png").write_bytes(png_bytes(grid([[np.rot90(w[..., k]) for w in (r.enlarge(y, x.shape, "nearest"), *got.values(), x)]], col_labels=["small", *got, "truth"], limits=(0, 1)), 110, 64))
+    return ["a head of half the resolution, given back: " + ", ".join(f"{k} {sr3d.decibels(w, x):.1f} dB" for k, w in got.items()) + (" (a draw of the shipped diffusion, trained on real heads, is a guess at detail: nearer to a scan in texture, not in decibels)" if "shipped weights" in got else " (no weights are shipped yet)")]
+
 # %% ../nbs/36_demo.ipynb #08795deb
 def tour(
     out,      # folder; an existing demo is refreshed
@@ -251,15 +265,15 @@ def tour(
     raw, new = demo_cohort(out / "simulated_raw", DEMO["raw"], DEMO["seed"] + 2, DEMO["raw_spacing"])
     say(f"2/5 registration and N4 of {DEMO['raw']} raw subjects")
     prepared = demo_preprocess(raw, out / "prepared", new)
-    say("3/5 training inpaint, generate, mmgan, vqvae and cyclegan for seconds each, only to show the machinery")
+    say("3/5 training inpaint, generate, mmgan, vqvae, cyclegan and sr3d for seconds each, only to show the machinery")
     runs = demo_train("inpaint", out, device, simulated=0), demo_train("generate", out, device), demo_train("mmgan", out, device, prepared, **LESS), *demo_coders(out, device)
-    contrasts = demo_contrasts(out); runs += (demo_train("cyclegan", out, device, contrasts, steps=40, val_images=3, log_every=10),)
-    say("4/5 restoring and scoring a simulated test set, drawing head slices, completing a missing T1, slices as codes, translating")
+    contrasts = demo_contrasts(out); runs += (demo_train("cyclegan", out, device, contrasts, steps=40, val_images=3, log_every=10), demo_train("sr3d", out, device))
+    say("4/5 restoring and scoring a simulated test set, drawing head slices, completing a missing T1, slices as codes, translating, doubling a resolution")
     folder, lines = demo_inpaint(out, runs[0], device); lines += demo_generate(runs[1])
-    completed, more = demo_impute(out, prepared, runs[2], device); coded, last = demo_codes(out, *runs[3:-1], device)
-    for line in lines + more + last + demo_translate(out, contrasts, runs[-1], device): say("  " + line)
+    completed, more = demo_impute(out, prepared, runs[2], device); coded, last = demo_codes(out, *runs[3:-2], device)
+    for line in lines + more + last + demo_translate(out, contrasts, runs[-2], device) + demo_upscale(out, runs[-1], device): say("  " + line)
     say("5/5 writing the page")
     page = report(out / "report.html", [folder, completed, coded, *(r.path for r in runs)], force=True, title="Demo of mri_gen")
     say(f"done in {time.time() - t:.0f} s. In {out}:")
-    for name, what in (("report.html", "open this in a browser"), ("test_set.npy", "corrupted slices"), ("test_set_mask.npy", "which pixels are known"), ("test_set_nogaps.npy", "the same slices, restored"), ("test_set_truth.npy", "the truth"), ("simulated_test/", "the subjects they come from"), ("simulated_raw/", "raw scans, the head moving between them"), ("prepared/", "the same registered, N4; look at qc.html"), ("completed/T1.nii.gz", "a T1 made from T2 and PD"), ("codes.npz", "axial slices as codes: mri_gen decode vqvae"), ("drawn.npy", "axial slices drawn by a prior over codes")): say(f"  {name:22s}{what}")
+    for name, what in (("report.html", "open this in a browser"), ("test_set.npy", "corrupted slices"), ("test_set_mask.npy", "which pixels are known"), ("test_set_nogaps.npy", "the same slices, restored"), ("test_set_truth.npy", "the truth"), ("simulated_test/", "the subjects they come from"), ("simulated_raw/", "raw scans, the head moving between them"), ("prepared/", "the same registered, N4; look at qc.html"), ("completed/T1.nii.gz", "a T1 made from T2 and PD"), ("codes.npz", "axial slices as codes: mri_gen decode vqvae"), ("drawn.npy", "axial slices drawn by a prior over codes"), ("large.nii.gz", "a head of twice the resolution of small.nii.gz")): say(f"  {name:22s}{what}")
     say(f"  try: mri_gen predict inpaint {out / 'test_set.npy'} --mask {out / 'test_set_mask.npy'} --method biharmonic --out mine.npy")

@@ -39,16 +39,17 @@ class Schedule:
 
 
 def make_schedule(
-    name="cosine",  # or "linear"
+    name="cosine",  # or "linear"; "product": the original's, to look at, not to sample with
     steps=1000,     # T
     variance=1.,    # c, of the noise
 ):
-    "linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)"
+    "linear (Ho et al. 2020), cosine (Nichol & Dhariwal 2021), or product (alpha_t = cos^2, as the original project wrote it)"
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     if name == "linear": beta = (torch.linspace(1e-4, .02, steps, dtype=torch.float64) * 1000 / steps).clamp(max=.999)
     elif name == "cosine":
         f = torch.cos((t + .008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=.999)
+    elif name == "product": beta = torch.sin(t[1:] * math.pi / 2) ** 2
     else: raise UserError(f"schedule={name}: unknown; use cosine or linear")
     if not variance > 0: raise UserError(f"variance={variance}: must be positive")
     return Schedule(name, torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)]), float(variance))
@@ -133,10 +134,13 @@ SAMPLERS = ("ddim", "ddpm", "dpm")
 def times(
     s,             # Schedule
     n,             # steps
-    spacing=None,  # "even" or "logsnr"; None: what suits the sampler
+    spacing=None,  # "even" or "logsnr", or the times themselves; None: what suits the sampler
 ):
     "n + 1 falling times from T to 0"
     if not 1 <= n <= s.steps: raise UserError(f"num_inference_steps={n}: use 1 to {s.steps}")
+    if isinstance(spacing, (tuple, list)):
+        if len(spacing) != n + 1 or spacing[0] != s.steps or spacing[-1] != 0 or any(a <= b for a, b in zip(spacing, spacing[1:])): raise UserError(f"spacing={spacing}: {n} steps need {n + 1} falling times from {s.steps} to 0")
+        return list(spacing)
     if spacing in (None, "even"): return [round(s.steps * (1 - i / n)) for i in range(n + 1)]
     if spacing != "logsnr": raise UserError(f"spacing={spacing}: use even or logsnr")
     lam = s.log_snr(torch.arange(1, s.steps + 1))                             # falls with t
@@ -176,6 +180,7 @@ def sample(
 ):
     "Run a sampler from noise to image"
     if sampler not in SAMPLERS: raise UserError(f"scheduler={sampler}: use {', '.join(SAMPLERS)}")
+    if s.name == "product": raise UserError("schedule=product: half of its times hold no signal that a computer can represent, and the first step divides by nothing; use cosine, which is what its author plotted")
     noise, last = noise or (lambda i: torch.randn_like(x)), None
     ts = times(s, steps, spacing or ("logsnr" if sampler == "dpm" else "even"))
     for i, (t, r) in enumerate(zip(ts, ts[1:]), 1):

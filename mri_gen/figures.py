@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'STYLE', 'DPI', 'COLOURS', 'PLANES', 'Picture', 'styled', 'fewer_colours', 'png_bytes', 'data_uri',
            'save_figure', 'panels', 'bar', 'show', 'array', 'span', 'grid', 'nice', 'tint', 'compare_figure', 'to_ras',
-           'centre', 'orthoview', 'read_curves', 'curves', 'forest', 'spectra', 'save_gif']
+           'centre', 'orthoview', 'read_curves', 'curves', 'forest', 'spectra', 'save_gif', 'save_avi']
 
 # %% ../nbs/03_figures.ipynb #18d357f4
 import base64, csv, io
@@ -382,3 +382,23 @@ def save_gif(
     times = [max(20, round(1000 / fps / 10) * 10)] * len(f); times[-1] = max(times[-1], int(hold * 1000))
     with whole(path, force) as p: images[0].save(p, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0, optimize=False)
     return Path(path)
+
+# %% ../nbs/03_figures.ipynb #f19avi02
+def save_avi(
+    path,    # .avi
+    frames,  # (H,W) or (H,W,3) uint8, all of one size
+    fps=10,
+):
+    "Motion-JPEG AVI (Microsoft's RIFF, 1992), whole or not at all"
+    import struct
+    from PIL import Image
+    frames = [np.asarray(f) for f in frames]
+    if not frames or len({f.shape for f in frames}) > 1 or frames[0].dtype != np.uint8: raise UserError(f"{path}: an AVI needs uint8 frames of one size, at least one")
+    def jpeg(f): b = io.BytesIO(); Image.fromarray(f).convert("RGB").save(b, "JPEG", quality=88); return b.getvalue() + b"\0" * (len(b.getvalue()) % 2)
+    part = lambda name, body: name + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+    data, (h, w), n = [jpeg(f) for f in frames], frames[0].shape[:2], len(frames); most = max(map(len, data)); at, index = 4, b""
+    for d in data: index += b"00dc" + struct.pack("<III", 16, at, len(d)); at += 8 + len(d)
+    head = part(b"avih", struct.pack("<14I", round(1e6 / fps), most * fps, 0, 0x10, n, 0, 1, most, w, h, 0, 0, 0, 0))
+    stream = part(b"strh", b"vidsMJPG" + struct.pack("<IHHIIIIIIIIHHHH", 0, 0, 0, 0, 1, fps, 0, n, most, 0xffffffff, 0, 0, 0, w, h)) + part(b"strf", struct.pack("<IiiHH4sIiiII", 40, w, h, 1, 24, b"MJPG", w * h * 3, 0, 0, 0, 0))
+    body = b"AVI " + part(b"LIST", b"hdrl" + head + part(b"LIST", b"strl" + stream)) + part(b"LIST", b"movi" + b"".join(part(b"00dc", d) for d in data)) + part(b"idx1", index)
+    with whole(path, force=True) as p: Path(p).write_bytes(part(b"RIFF", body))

@@ -81,8 +81,6 @@ def pixel_features(
 
 class Trees:
     "Boosted trees for one cell; `state()` and `Trees.load` go through plain arrays"
-    FIELDS = ("value", "feature_idx", "num_threshold", "missing_go_to_left", "left", "right", "is_leaf")
-
     def __init__(self, base, trees): self.base, self.trees = float(base), trees      # trees: structured arrays of scikit-learn's nodes
 
     @classmethod
@@ -106,19 +104,20 @@ class Trees:
         return cls(model._baseline_prediction.ravel()[0], [p[0].nodes.copy() for p in model._predictors])
 
     def state(self):
-        "{name: tensor} for a weights file"
-        nodes = np.concatenate(self.trees)
-        small = lambda v: next(t for t in (np.uint8, np.int16, np.int32) if v.max(initial=0) <= np.iinfo(t).max and v.min(initial=0) >= np.iinfo(t).min)      # most of a file are numbers of features and of nodes in a tree
-        as_tensor = lambda v: torch.from_numpy(np.ascontiguousarray(v.astype(small(v)) if v.dtype.kind in "iub" else v))
-        return {"base": torch.tensor([self.base]), "sizes": torch.tensor([len(t) for t in self.trees])} | {k: as_tensor(nodes[k].astype(np.float32) if nodes[k].dtype == np.float64 else nodes[k]) for k in self.FIELDS}
+        "{name: tensor} for a weights file: of each node one number (a leaf's value, else the threshold), its feature, and its right child (0: a leaf); the left child is the next node"
+        for t in self.trees: assert (t["left"] == np.where(t["is_leaf"], 0, np.arange(len(t)) + 1)).all(), "trees: this scikit-learn numbers its nodes in another way"
+        n = np.concatenate(self.trees); small = lambda v: v.astype(np.uint8 if v.max(initial=0) < 256 else np.int32)      # most of a file are numbers of features and nodes
+        return {"base": torch.tensor([self.base]), "sizes": torch.tensor([len(t) for t in self.trees]), "number": torch.from_numpy(np.where(n["is_leaf"], n["value"], n["num_threshold"]).astype(np.float32)),
+                "feature": torch.from_numpy(small(n["feature_idx"])), "right": torch.from_numpy(small(n["right"]))}
 
     @classmethod
     def load(cls, state):
-        "Inverse of `state`"
+        "Inverse of `state`, as far as predictions go"
         from sklearn.ensemble._hist_gradient_boosting.common import PREDICTOR_RECORD_DTYPE
-        nodes = np.zeros(len(state["value"]), PREDICTOR_RECORD_DTYPE)
-        for k in cls.FIELDS: nodes[k] = state[k].numpy()
-        return cls(state["base"].item(), np.split(nodes, np.cumsum(state["sizes"].numpy())[:-1]))
+        number, right, sizes = (state[k].numpy() for k in ("number", "right", "sizes")); n, leaf = np.zeros(len(number), PREDICTOR_RECORD_DTYPE), right == 0
+        n["feature_idx"], n["right"], n["is_leaf"], n["left"] = state["feature"].numpy(), right, leaf, np.where(leaf, 0, np.concatenate([np.arange(k) for k in sizes]) + 1)
+        n["value"][leaf], n["num_threshold"][~leaf] = number[leaf], number[~leaf]
+        return cls(state["base"].item(), np.split(n, np.cumsum(sizes)[:-1]))
 
     def __call__(self, x, available):
         "(N,H,W) float32"

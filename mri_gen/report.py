@@ -78,7 +78,7 @@ def worst_figure(
     data, split, cell = kind; region = main_region(e.rows)
     plane = np.array([str(p) or "all" for p in e.truth.column("plane")])
     idx = np.flatnonzero((e.truth.column("data") == data) & (plane == cell))
-    if e.truth.images.shape[1] != 1 or not len(idx): return None
+    if not len(idx) or e.truth.images.shape[1] != 1: return None
     found = worst(e.rows, n, region=region, method=method, data=data, cell=cell)
     labels = [f"{r['subject']}" for r in e.truth.table]
     show = [m for m in methods or e.predictions if m in e.predictions and m != method] + [method]
@@ -118,7 +118,7 @@ def counts(
     for s in dict.fromkeys(data.column("split").tolist()):
         part = data.subset(split=s) if s else data
         sources = sorted({str(x) for x in part.column("data")} - {""})
-        out[s or "all"] = f"{len(part.subjects)} subjects, {len(part)} slices" + (f" ({', '.join(sources)})" if sources else "")
+        out[s or "all"] = f"{len(part.subjects)} subjects, {len(part)} {getattr(part, 'unit', 'slices')}" + (f" ({', '.join(sources)})" if sources else "")
     return out
 
 
@@ -181,7 +181,7 @@ def model_card(
              *(["Blur raises PSNR: the gradient ratio (gradient energy over the truth's; 1 is right, less is blurred) and LSD (distance of the spectra at 0.25 to 0.5 cycles a pixel) stand beside it.", ""] if "psnr" in show else []),
              "## Training", "", *(line for m, n in networks.items() for line in (training_text(m, n), "")), "Curves: `training.png`, `training.csv`" + (", and the same with the name of the network." if len(networks) > 1 else "."), "",
              "| setting | " + " | ".join(networks if len(networks) > 1 else ["value"]) + " |", "|---" * (1 + len(networks)) + "|", *(f"| {k} | " + " | ".join(str(n["config"].get(k, "–")) for n in networks.values()) + " |" for k in keys), "",
-             *(["## Side experiments", "", "Each at the size that `study.json` states beside its numbers" + ("; in words: [study.md](study.md)." if (files[network].parent / "study.md").exists() else "."), "", *(f"![{p.stem}]({p.name})" for p in side), ""] if (side := studies_of(files[network].parent)) else []), "## Limits", "", card["limits"], "", "## Files", "", "| method | file | size |", "|---|---|---|", *(f"| {m} | `{p.name}` | {p.stat().st_size / 1024:.0f} KiB |" for m, p in files.items()), ""]
+             *(["## Side experiments", "", "Each at the size that `study.json.gz` states beside its numbers" + ("; in words: [study.md](study.md)." if (files[network].parent / "study.md").exists() else "."), "", *(f"![{p.stem}]({p.name})" for p in side), ""] if (side := studies_of(files[network].parent)) else []), "## Limits", "", card["limits"], "", "## Files", "", "| method | file | size |", "|---|---|---|", *(f"| {m} | `{p.name}` | {p.stat().st_size / 1024:.0f} KiB |" for m, p in files.items()), ""]
     return "\n".join(lines)
 
 # %% ../nbs/30_report.ipynb #e557daf8
@@ -259,10 +259,11 @@ def studies_of(folder): return sorted([*Path(folder).glob("study_*.png"), *Path(
 
 
 def keep_study(folder, run):
-    "Side experiments that lie in the run (`study.json`, `study.md`, `study/*.png`) replace those of the folder"
+    "Side experiments that lie in the run (`study.json`, packed, `study.md`, `study/*.png`) replace those of the folder"
     if not (run / "study.json").exists(): return
     for p in [*studies_of(folder), folder / "study.md"]: p.unlink(missing_ok=True)
-    for p, name in [*((run / n, n) for n in ("study.json", "study.md") if (run / n).exists()), *((p, f"study_{p.name}") for p in studies_of(run))]: shutil.copyfile(p, folder / name)
+    with whole(folder / "study.json.gz", force=True) as p: p.write_bytes(gzip.compress((run / "study.json").read_bytes(), 9, mtime=0))
+    for p, name in [*([(run / "study.md", "study.md")] if (run / "study.md").exists() else []), *((p, f"study_{p.name}") for p in studies_of(run))]: shutil.copyfile(p, folder / name)
 
 
 def keep_training(folder, run, suffix):
@@ -431,7 +432,7 @@ def section(
 
 def study_html(folder):
     "Side experiments: pictures, one table for each part, data set and cell, and what each network cost"
-    records = read_json(folder / "study.json") if (folder / "study.json").exists() else []
+    records = next((read_json(p) for p in (folder / "study.json", folder / "study.json.gz") if p.exists()), [])
     known = [r for r in records if r["metric"] in METRICS]
     cost = lambda part: pairs({r["method"]: r["budget"] for r in known if r["part"] == part and r["budget"]})
     return "".join(["<h3>Side experiments, at the size that each states</h3>" if records else "", *(picture(p, p.stem.removeprefix("study_").replace("_", ", ")) for p in studies_of(folder)),

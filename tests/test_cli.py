@@ -455,9 +455,9 @@ def test_demo_leaves_a_strange_folder_alone(wrong, tmp_path):
 @pytest.mark.slow
 def test_demo_twice(call, place, tmp_path, monkeypatch):
     "The whole tour, smaller; a second call refreshes it and simulates and trains nothing"
-    from mri_gen import demo, generate, inpaint, vqvae
+    from mri_gen import demo, generate, inpaint, sr3d, vqvae
     monkeypatch.setattr(demo, "DEMO", dict(seed=2026, train=3, test=1, spacing=4.0, raw=3, raw_spacing=4.0)); monkeypatch.setitem(demo.LESS, "steps", 5); monkeypatch.setitem(demo.CODES, "steps", 30)
-    for task in (inpaint, generate): monkeypatch.setitem(task.Config.PROFILES["demo"], "steps", 5)
+    for task in (inpaint, generate, sr3d): monkeypatch.setitem(task.Config.PROFILES["demo"], "steps", 5)
     monkeypatch.setitem(vqvae.Config.PROFILES["prior_smoke"], "steps", 5)
     for time in (1, 2):
         code, out, err = call("demo", "--out", tmp_path / "demo", "--device", "cpu")
@@ -471,4 +471,5 @@ def test_demo_twice(call, place, tmp_path, monkeypatch):
     made, given = nib.load(tmp_path / "demo/completed/T1.nii.gz"), [nib.load(p) for p in tmp_path.glob("demo/prepared/n4/*/T2.nii.gz")]
     assert any(made.shape == g.shape and np.allclose(made.affine, g.affine) for g in given) and 0 <= made.get_fdata().min() < made.get_fdata().max() <= 1 and (tmp_path / "demo/prepared/qc.html").exists()
     with np.load(tmp_path / "demo/codes.npz") as z: assert sorted(z.files) == ["codebook", "codes", "size"] and z["codes"].shape == (12, 84, 28) and z["size"].tolist() == [224, 224]
+    small, large = (nib.load(tmp_path / f"demo/{n}.nii.gz") for n in ("small", "large")); assert large.shape == tuple(2 * k for k in small.shape)
     assert np.load(tmp_path / "demo/drawn.npy").shape == (3, 224, 224) and (tmp_path / "demo/codes/figures/drawn.png").exists()

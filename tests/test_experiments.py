@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(p for p in (ROOT / "nbs").glob("5[0-9]_*.ipynb") if p.stem != "59_speed")   # that one trains no task and has no reference numbers: tests/test_bench.py runs it
 every_experiment = pytest.mark.parametrize("nb", EXPERIMENTS, ids=lambda p: p.stem)
 OWN = {"profile": "smoke", "data": "", "out": ""}   # parameters that are no field of the config
-ALSO = {"51_inpaint": {"study", "study_steps", "study_generated"}, "52_mmgan": {"study", "study_steps"}, "53_vqvae": {"prior_steps", "samples"}}   # ... of one notebook
+ALSO = {"51_inpaint": {"study", "study_steps", "study_generated"}, "52_mmgan": {"study", "study_steps"}, "53_vqvae": {"prior_steps", "samples"}, "55_sr3d": {"draw_steps"}}   # ... of one notebook
 
 # One thread, fp32, no GPU: on one machine the numbers repeat exactly (also with two threads). On another CPU the last bits differ, which has two ways to grow.
 # A simulated slice is rounded to 8 bits, so a few pixels may fall on the other side: some 0.001 dB for methods that learn nothing or solve in closed form.
@@ -20,7 +20,7 @@ ALSO = {"51_inpaint": {"study", "study_steps", "study_generated"}, "52_mmgan": {
 # The tolerances are five times that. What they must notice costs more: another seed 0.1 to 0.4 dB, a loss that does not fit or no training at all 2 dB.
 FIXED = {"psnr": .02, "ssim": .001, "gradient_ratio": .005, "frechet_distance": .02}
 TRAINED = {"psnr": .15, "ssim": .005, "gradient_ratio": .02, "frechet_distance": .5}
-METHODS_WITHOUT_TRAINING = {"identity", "histogram", "places", "zero", "mean", "lookup", "linear", "griddata", "harmonic", "tv", "biharmonic", "ridge", "real", "blurred real", "block_mean", "kmeans", "kmeans_linear"}
+METHODS_WITHOUT_TRAINING = {"identity", "histogram", "places", "zero", "mean", "lookup", "linear", "griddata", "harmonic", "tv", "biharmonic", "ridge", "real", "blurred real", "block_mean", "kmeans", "kmeans_linear", "nearest", "cubic", "back_projection"}
 
 
 def slug(nb): return nb.stem[3:]

@@ -102,7 +102,7 @@ def test_import_order_check_sees():
     assert [task_of(m, some) for m in (*some, "torch")] == [None, "generate", "inpaint", "inpaint", "inpainting", None]
 
 
-@pytest.mark.parametrize("module", "core measure volumes corrupt planes batches datasets layers losses checkpoint train diffusion baselines fills pixels distances slices fillers axial codes patches prior vqnets drawn imputers translators triples unpaired cells experiment lookalikes generate inpaint mmgan vqvae cyclegan".split())
+@pytest.mark.parametrize("module", "core measure volumes corrupt planes batches datasets layers losses checkpoint train diffusion baselines fills pixels distances slices fillers axial codes patches prior vqnets drawn imputers translators triples unpaired cells experiment lookalikes resolution reversible heads upscale generate inpaint mmgan vqvae cyclegan sr3d".split())
 def test_bare_imports_at_the_top(module):
     if module not in numbers(): pytest.skip(f"mri_gen/{module}.py does not exist yet")
     top = {n.split(".")[0] for n in imports(tree(module), top=True)}
