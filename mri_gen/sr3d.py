@@ -80,8 +80,8 @@ def draw_cubes(loop, cfg, r, pieces, idx):
     x, u, low = pieces.batch(idx, loop.draw("flip") < cfg.flip)
     if cfg.gain: g = (cfg.gain * loop.draw("gain", normal=True)).exp()[:, None, None, None, None]; x, u = x * g, u * g
     y, shake = r.down(x), cfg.shake * loop.draw("shake") * (loop.draw("shaky") < cfg.shaky)
-    n = shake[:, None, None, None, None] * loop.draw("noise of the input", *y.shape[1:], normal=True)
-    return x, u + r.enlarge(n, x.shape), y, shake, low
+    if cfg.shaky: u = u + r.enlarge(shake[:, None, None, None, None] * loop.draw("noise of the input", *y.shape[1:], normal=True), x.shape)
+    return x, u, y, shake, low
 
 
 def find_base(cfg):
@@ -242,7 +242,7 @@ class Upscaler:
                 x = self.double(x, method, **args)[0] if method in NETWORKS else by_rule(method, x[None, None], self.r, [2 * n for n in x.shape], self.polyphase())[0, 0]
             out.append(x.cpu()); say(f"{name}: {method} {i + 1}/{samples if method == 'diffusion' else 1}, {time.time() - t0:.1f} s")
         x = torch.stack(out); grid = v.affine
-        for _ in range(1 if scale == 2 else 2): grid = grid @ np.linalg.inv(self.r.grid([2 * n for n in v.shape])[1])
+        for k in (2, 4)[:1 if scale == 2 else 2]: grid = grid @ np.linalg.inv(self.r.grid([k * n for n in v.shape])[1])
         like = v.with_data(s.undo(x.mean(0).numpy()), grid)
         return like.data, (x.std(0) * s.data_range).numpy() if len(x) > 1 else None, like
 
@@ -366,10 +366,10 @@ CARD = dict(
 )
 
 
-def middles(v, n=1):
-    "Axial, coronal and sagittal middle planes of a (X,Y,Z) volume, upright, or several axial ones"
-    x = np.asarray(v, np.float32); X, Y, Z = x.shape; turn = lambda p: np.rot90(p)
-    return [turn(x[:, :, int(Z * .55)]), turn(x[:, Y // 2]), turn(x[X // 2])] if n == 1 else [turn(x[:, :, k]) for k in (np.linspace(.3, .75, n) * Z).astype(int)]
+def middles(v):
+    "Axial, coronal and sagittal middle planes of a (X,Y,Z) volume, upright"
+    x = np.asarray(v, np.float32); X, Y, Z = x.shape
+    return [np.rot90(p) for p in (x[:, :, int(Z * .55)], x[:, Y // 2], x[X // 2])]
 
 
 def tradeoff(records, region="whole"):
