@@ -19,7 +19,7 @@ NBTEST = OMP_NUM_THREADS=1 $(if $(shell command -v timeout),timeout --kill-after
 # .venv/bin first, so that tests and notebooks may call `mri_gen` and `papermill` by name
 PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m pytest -q --timeout=900
 # "hash size name" of everything that is generated, or cleaned
-GENERATED = find . -name .venv -prune -o -type f \( -path './mri_gen/*.py' -o -path './nbs/*.ipynb' -o -path ./README.md \) -not -path '*/.*/*' -print0 | xargs -0 cksum | sort
+GENERATED = find . -name .venv -prune -o -type f \( -path './mri_gen/*.py' -o -path './nbs/*.ipynb' -o -path './kaggle/*' -o -path ./README.md \) -not -path '*/.*/*' -print0 | xargs -0 cksum | sort
 
 .PHONY: help install demo test check lab prepare readme generated reference fresh constraints clean
 
@@ -52,12 +52,15 @@ check: generated  ## the quick subset, under 3 minutes: generated files, noteboo
 	$(call NBTEST,150) --file_re '^0[0-6]_'
 	$(PYTEST) -m "not slow" tests
 
-lab: $(STAMP)  ## JupyterLab on the table of contents
-	@.venv/bin/jupyter lab $(ARGS) nbs/index.ipynb
+lab: $(STAMP)  ## JupyterLab on the start notebook: ten minutes with everything
+	@.venv/bin/jupyter lab $(ARGS) nbs/31_start.ipynb
 
-prepare: $(STAMP)  ## after editing a notebook: clean it, export the modules, rebuild the README
+prepare: $(STAMP)  ## after editing a notebook: clean it, export the modules, rebuild the Kaggle notebooks and the README
 	@.venv/bin/nbdev_clean
+	@# widgets without their kernel are an error message, and their state is megabytes, which nbdev keeps; the picture beside them stays
+	@$(PY) -c "from pathlib import Path; from execnb.nbio import read_nb, write_nb; k = 'application/vnd.jupyter.widget-view+json'; [write_nb(n, p) for p in Path('nbs').glob('31_*.ipynb') for n in [read_nb(p)] if bool(n.metadata.pop('widgets', None)) | bool([o.data.pop(k) for c in n.cells for o in c.get('outputs', []) if k in o.get('data', {})])]"
 	@.venv/bin/nbdev_export
+	@.venv/bin/mri_gen kaggle --all >/dev/null
 	@$(MAKE) -s --no-print-directory readme
 
 # nbs/index.ipynb is run, so that its tables are those of artifacts/; links are relative to nbs/ there and to the top in the README

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['app', 'predict', 'decode', 'sample', 'download', 'Profile', 'Params', 'Data', 'Force', 'Device', 'Weights', 'message',
-           'say_error', 'main', 'existing', 'say', 'download_ixi', 'simulate', 'preprocess', 'train',
-           'notebook_parameters', 'execute', 'run', 'sweep', 'publish', 'evaluate', 'report', 'predict_inpaint',
-           'predict_mmgan', 'predict_cyclegan', 'predict_sr3d', 'predict_vqvae', 'decode_vqvae', 'sample_vqvae',
-           'generate', 'score', 'bench', 'doctor', 'demo']
+           'say_error', 'main', 'existing', 'say', 'download_ixi', 'simulate', 'preprocess', 'train', 'passed_on',
+           'execute', 'run', 'sweep', 'kaggle', 'publish', 'evaluate', 'report', 'predict_inpaint', 'predict_mmgan',
+           'predict_cyclegan', 'predict_sr3d', 'predict_vqvae', 'decode_vqvae', 'sample_vqvae', 'generate', 'score',
+           'bench', 'doctor', 'demo']
 
 # %% ../nbs/39_cli.ipynb #8931c3e8
-import sys, warnings
+import contextlib, sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 # %% ../nbs/39_cli.ipynb #a5e21e53
-app = typer.Typer(name="mri_gen", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Generative brain MRI: simulate, train, evaluate, restore, report. Not for clinical use.", epilog="Exit codes: 0 done; 1 an error, one line says which; 2 a mistyped command; 3 done, but some files were skipped; 130 Ctrl-C.")
+app = typer.Typer(name="mri_gen", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Generative brain MRI: simulate, train, evaluate, restore, report. Not for clinical use.", epilog="Exit codes: 0 done; 1 an error, one line says which; 2 a mistyped command; 3 done, but some files were skipped or some runs failed; 130 Ctrl-C.")
 predict = typer.Typer(name="predict", no_args_is_help=True, rich_markup_mode=None, help="Apply a task's shipped weights, or others, to your data.")
 app.add_typer(predict)
 decode = typer.Typer(name="decode", no_args_is_help=True, rich_markup_mode=None, help="Codes back to images.")
@@ -147,23 +147,21 @@ def train(
     report_end(run, info)
 
 # %% ../nbs/39_cli.ipynb #0f46bf38
-def notebook_parameters(
-    nb,      # path of an experiment notebook
-    task,    # module with Config
-    profile,
-    params,  # {name: value} of the user
-):
-    "What papermill injects: the profile's settings that the parameters cell names, changed by the user's; an unknown name is an error"
-    from papermill import inspect_notebook
-    from mri_gen.core import UserError
-    known = inspect_notebook(str(nb))
-    if not known: raise UserError(f"{nb}: no cell tagged `parameters`")
-    reserved = ("profile", "data", "out")
-    bad = [k for k in params if k not in known or k in reserved]
-    if bad: raise UserError(f"-p {bad[0]}: {'is given by its own option --' + bad[0] if bad[0] in reserved else 'no parameter of ' + nb.name}; known: {', '.join(k for k in known if k not in reserved)}")
-    fields = task.Config.model_fields
-    cfg = task.Config.profile(profile, **{k: v for k, v in params.items() if k in fields})
-    return {k: v for k, v in cfg.model_dump(mode="json").items() if k in known} | {k: v for k, v in params.items() if k not in fields} | {"profile": profile}, cfg
+@contextlib.contextmanager
+def passed_on():
+    "Ctrl-C and SIGTERM go to the kernel, which lives in a session of its own: a training pauses there with a checkpoint, anything else ends. If the notebook ends well all the same, nothing was stopped"
+    import psutil, threading
+    from mri_gen.train import Stop
+    told, over = {p.pid for p in psutil.Process().children()}, threading.Event()
+    def watch():                                     # not in the handler: the kernel may not have started yet, and has ended when the notebook is being written
+        while not over.wait(.1):
+            for p in psutil.Process().children() if stop.signal else ():
+                if p.pid not in told: told.add(p.pid); p.terminate()
+    with Stop() as stop:
+        thread = threading.Thread(target=watch, daemon=True); thread.start()
+        try: yield
+        except Exception: stop.leave(); raise
+        finally: over.set(); thread.join()
 
 
 def execute(nb, out, parameters, folder):
@@ -173,7 +171,8 @@ def execute(nb, out, parameters, folder):
     from mri_gen.core import UserError
     half = out.with_name(out.stem + ".unfinished.ipynb")
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    try: execute_notebook(str(nb), str(half), parameters, cwd=str(folder), progress_bar=False, stdout_file=sys.stdout, autosave_cell_every=0, extra_arguments=["--log-level=50"])   # the kernel's own chatter would hide our one line
+    try:
+        with passed_on(): execute_notebook(str(nb), str(half), parameters, cwd=str(folder), progress_bar=False, stdout_file=sys.stdout, autosave_cell_every=0, extra_arguments=["--log-level=50"])   # the kernel's own chatter would hide our one line
     except PapermillExecutionError as e:
         cell = next((line.strip() for line in e.source.splitlines() if line.strip() and not line.startswith("#")), "")
         raise UserError(f"{nb.name}: cell [{e.exec_count}] `{cell[:60]}` fails: {e.ename}: {e.evalue.strip().splitlines()[0] if e.evalue.strip() else ''} (the notebook up to there: {half})") from None
@@ -187,42 +186,74 @@ def run(
     out: Annotated[Optional[Path], typer.Option(help="folder of runs; without it: artifacts/runs/SLUG of the checkout")] = None,
     name: Annotated[Optional[str], typer.Option(help="name of this run; without it: PROFILE-sSEED")] = None,
 ):
-    "Run the experiment notebook of a task by papermill; the executed notebook lands in the run's folder."
+    "Run the experiment notebook of a task by papermill; the executed notebook lands in the run's folder. Interrupted, its training goes on when it is run again."
     import os
-    from mri_gen.core import RunFolder, UserError, read_skipped, root, tell_skipped
+    from mri_gen.core import RunFolder, read_skipped, root, tell_skipped
+    from mri_gen.experiment import notebook_of, notebook_parameters
     from mri_gen.train import parse_params, task_module
-    task = task_module(slug)
-    if root() is None: raise UserError("no checkout found, and the experiment notebooks lie in its nbs/ folder; set MRI_GEN_ROOT")
-    found = sorted((root() / "nbs").glob(f"5?_{slug}.ipynb"))
-    if not found: raise UserError(f"{root() / 'nbs'}: no experiment notebook 5?_{slug}.ipynb")
-    parameters, cfg = notebook_parameters(found[0], task, profile, parse_params(p))
+    task = task_module(slug); nb = notebook_of(slug)
+    parameters, cfg = notebook_parameters(nb, task, profile, parse_params(p))
     data = existing(data)
     folder = RunFolder(((out or root() / "artifacts/runs" / slug) / (name or f"{profile}-s{cfg.seed}")).resolve())
     os.environ.setdefault("MRI_GEN_ROOT", str(root()))                                   # the kernel starts in another folder
-    say(f"{found[0].name} -> {folder.path}")
-    execute(found[0], folder / f"{slug}.ipynb", parameters | {"out": str(folder.path), "data": str(data or "")}, folder.path)
+    say(f"{nb.name} -> {folder.path}")
+    execute(nb, folder / f"{slug}.ipynb", parameters | {"out": str(folder.path), "data": str(data or "")}, folder.path)
     say(f"done: {folder / (slug + '.ipynb')}")
     tell_skipped(read_skipped(folder.path), folder / "skipped.csv")
 
 # %% ../nbs/39_cli.ipynb #8487ebf5
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="what to try, e.g. artifacts/inpaint/search.yaml")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="what to try: a search (space, trials, metric), e.g. artifacts/inpaint/search.yaml, or runs of an experiment notebook (grid or runs)")],
     data: Data = None,
     pattern: Annotated[Optional[str], typer.Option(help="where the volumes lie below --data, e.g. \"{subject}/{modality}.nii.gz\"")] = None,
     out: Annotated[Optional[Path], typer.Option(help="folder of studies; without it: artifacts/runs/TASK of the checkout")] = None,
+    jobs: Annotated[Optional[int], typer.Option(help="runs: how many at a time, at most, instead of the file's")] = None,
+    memory: Annotated[Optional[float], typer.Option(help="runs: GiB for all of them together, instead of the file's")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="runs: also those that failed")] = False,
     max_hours: Annotated[Optional[float], typer.Option(help="stop cleanly before this time; the same command goes on later")] = None,
-    publish: Annotated[bool, typer.Option("--publish", help="when all trials are done, copy question and answer to artifacts/TASK/search.*")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="a search: when all trials are done, copy question and answer to artifacts/TASK/search.*")] = False,
     force: Force = False, device: Device = "auto",
     threads: Annotated[Optional[int], typer.Option(help="CPU threads")] = None,
 ):
-    "Random search over a task's settings, chosen on dev; killed anywhere, the same command goes on."
-    from mri_gen.core import pick_device
+    "Random search over a task's settings, chosen on dev, or a grid or list of runs of its experiment notebook; killed anywhere, the same command goes on."
+    from mri_gen.core import UserError, pick_device
     from mri_gen.sweep import publish_search, sweep as go
+    from mri_gen.sweep_runs import is_runs, sweep_runs, tell_failed
+    runs = is_runs(file)
+    for k, v in (dict(pattern=pattern, publish=publish, force=force) if runs else dict(jobs=jobs, memory=memory, retry=retry)).items():
+        if v not in (None, False): raise UserError(f"--{k}: belongs to {'a search; an experiment notebook knows only --data' if k == 'pattern' else 'a search (space)' if runs else 'runs of a notebook (grid, runs)'}, and {file} holds {'runs of a notebook' if runs else 'a search'}")
+    if runs:
+        folder, table = sweep_runs(file, existing(data), out, jobs, memory, retry, max_hours, device, threads, say)
+        left = {s: n for s in ("done", "failed", "open") if (n := sum(r["state"] == s for r in table))}
+        say(f"{folder / 'runs.md'}: " + ", ".join(f"{n} {s}" for s, n in left.items()) + ("; the same command goes on" if "open" in left else ""))
+        tell_failed(folder, table); return
     folder, counts, best = go(file, existing(data), pattern, out, max_hours=max_hours, say=say, device=str(pick_device(device)), threads=threads)
     say(f"{folder}: " + ", ".join(f"{n} {state}" for state, n in counts.items()) + ("; the same command goes on" if counts.get("open") else ""))
     if publish and not counts.get("open"): say(f"{publish_search(folder, best['task'], force)}: search.yaml, search.json, search.csv, search.png")
     if best: say(f"next: mri_gen train {best['task']} --profile full -p @{folder / 'best.json'}")
+
+# %% ../nbs/39_cli.ipynb #5e55b002
+@app.command()
+def kaggle(
+    slug: Annotated[Optional[str], typer.Argument(help="task, e.g. inpaint")] = None,
+    every: Annotated[bool, typer.Option("--all", help="all tasks")] = False,
+    pack: Annotated[Optional[Path], typer.Option(help="folder of data: make a data set for upload of it, in --out, instead of notebooks")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="notebooks: a folder of folders, without it kaggle/ of the checkout; --pack: a new folder")] = None,
+    force: Force = False,
+):
+    "The experiment of a task as one notebook to upload to Kaggle, package included; or its data as a data set."
+    from mri_gen.bundle import pack as make, tasks, write_bundle
+    from mri_gen.core import UserError
+    known = tasks()
+    if bool(slug) == every: raise UserError(f"name one task, or --all; known: {', '.join(known)}")
+    if slug and slug not in known: raise UserError(f"{slug!r} is no task; known: {', '.join(known)}")
+    slugs = known if every else [slug]
+    if pack:
+        if not out: raise UserError("--pack: say with --out where the data set shall lie")
+        n, size = make(existing(pack), out, slugs, force); say(f"{out}: {n} files, {size / 2**20:.1f} MiB; put your name into dataset-metadata.json, then `kaggle datasets create -p {out} -r zip`, or upload the folder on the web page")
+    else:
+        for s in slugs: folder = write_bundle(s, out); say(f"{folder / s}.ipynb: {(folder / f'{s}.ipynb').stat().st_size / 1e3:.0f} kB")
 
 # %% ../nbs/39_cli.ipynb #b22c809f
 @app.command()

@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'straight_through', 'nearest', 'kmeans', 'ema_update', 'quan
            'load_codes']
 
 # %% ../nbs/18_codes.ipynb #d442b81d
-import math, zipfile, zlib
+import math
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .core import UserError, whole
+from .datasets import read_npz
 
 # %% ../nbs/18_codes.ipynb #d657f1f0
 def straight_through(
@@ -244,10 +245,7 @@ def load_codes(
     if isinstance(path, dict): d, name = dict(path), "codes"
     else:
         name = str(path)
-        try:
-            with np.load(path, allow_pickle=False) as z: d = {k: z[k] for k in ("codes", "size", "codebook") if k in z.files}
-        except FileNotFoundError: raise UserError(f"{name}: no such file") from None
-        except (OSError, ValueError, EOFError, AttributeError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as e: raise UserError(f"{name}: no readable .npz of codes ({' '.join(str(e).split())[:100]}); write one with `mri_gen predict vqvae --codes`") from None
+        d = read_npz(path, ("codes", "size", "codebook"), "write one with `mri_gen predict vqvae --codes`")
     if lack := [k for k in ("codes", "size") if k not in d]: raise UserError(f"{name}: holds no {' and no '.join(lack)}; write it with `mri_gen predict vqvae --codes`")
     c, size, k = np.asarray(d["codes"]), np.asarray(d["size"]).ravel(), np.asarray(d.get("codebook", codebook or 0)).ravel()
     if c.dtype.kind not in "iu" or c.ndim != 3 or 0 in c.shape: raise UserError(f"{name}: codes are {c.dtype} of shape {c.shape}; expected whole numbers, (N,h,w), at least one")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from .cells import score_cell
-from .checkpoint import find_weights, identity, load_into, load_weights, save_weights
+from .checkpoint import building, find_weights, identity, load_into, load_weights, save_weights
 from .core import UserError, data_dir, locked, mix, pick_device, root, whole
 from .datasets import SliceSet, check_array, read_array, read_png
 from .lookalikes import by_table, kept_lookalikes
@@ -213,8 +213,7 @@ class Converter:
         path = find_weights("cyclegan", weights); nets, self.meta = load_weights(path)
         if self.meta.get("task") != "cyclegan" or self.meta.get("method") not in NETWORKS: raise UserError(f"{path}: holds weights of {self.meta.get('task')}/{self.meta.get('method')}, not of a network of cyclegan")
         self.method, self.device, self.mirror = self.meta["method"], pick_device(device), mirror
-        try: self.cfg = Config.check(**self.meta["config"]); made = build(self.cfg, self.meta.get("kinds", 1))
-        except (KeyError, UserError) as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
+        with building(path, nets): self.cfg = Config.check(**self.meta["config"]); made = build(self.cfg, self.meta.get("kinds", 1))
         self.nets = {k: made[k].to(self.device, memory_format=torch.channels_last).eval() for k in DIRECTIONS}
         for k, n in self.nets.items():
             if eye := self.meta.get("eye"):                                        # shipped beside it, see `slim`

@@ -121,13 +121,13 @@ def demo_generate(run, n=10):
     import time
     from mri_gen.figures import grid, png_bytes
     from mri_gen.generate import Generator
-    rows, t = {"trained just now": run.path}, time.time()
+    rows, t = {"trained just now": run.path}, time.monotonic()
     try: Generator(); rows = {"shipped weights": None} | rows
     except UserError: pass
     drawn = {k: Generator(w)(range(n), 10, "dpm")[:, 0].numpy() for k, w in rows.items()}
     (run.path / "figures").mkdir(exist_ok=True)
     (run.path / "figures/samples.png").write_bytes(png_bytes(grid(list(drawn.values()), row_labels=list(drawn), limits=(0, 1)), 110, 256))
-    return [f"{len(rows) * n} head slices drawn in {time.time() - t:.1f} s" + ("" if "shipped weights" in rows else "; no generator weights are shipped in this checkout yet, so these are the demo run's: noise, nearly")]
+    return [f"{len(rows) * n} head slices drawn in {time.monotonic() - t:.1f} s" + ("" if "shipped weights" in rows else "; no generator weights are shipped in this checkout yet, so these are the demo run's: noise, nearly")]
 
 # %% ../nbs/36_demo.ipynb #7c0d9e22
 LESS = dict(steps=30, crop=(96, 96), whole=0., val_images=3, log_every=10)   # less than the profile `demo`: seconds
@@ -258,7 +258,7 @@ def tour(
 ):
     "Simulate, preprocess, train for seconds, restore, draw, complete, encode, report; says what it does"
     from mri_gen.report import report
-    t, device = time.time(), str(pick_device(device))
+    t, device = time.monotonic(), str(pick_device(device))
     out = demo_folder(out, force)
     say(f"1/5 simulating {DEMO['train']} + {DEMO['test']} + {DEMO['raw']} subjects")
     demo_cohort(out / "simulated_train", DEMO["train"], DEMO["seed"]); demo_cohort(out / "simulated_test", DEMO["test"], DEMO["seed"] + 1)
@@ -274,6 +274,6 @@ def tour(
     for line in lines + more + last + demo_translate(out, contrasts, runs[-2], device) + demo_upscale(out, runs[-1], device): say("  " + line)
     say("5/5 writing the page")
     page = report(out / "report.html", [folder, completed, coded, *(r.path for r in runs)], force=True, title="Demo of mri_gen")
-    say(f"done in {time.time() - t:.0f} s. In {out}:")
+    say(f"done in {time.monotonic() - t:.0f} s. In {out}:")
     for name, what in (("report.html", "open this in a browser"), ("test_set.npy", "corrupted slices"), ("test_set_mask.npy", "which pixels are known"), ("test_set_nogaps.npy", "the same slices, restored"), ("test_set_truth.npy", "the truth"), ("simulated_test/", "the subjects they come from"), ("simulated_raw/", "raw scans, the head moving between them"), ("prepared/", "the same registered, N4; look at qc.html"), ("completed/T1.nii.gz", "a T1 made from T2 and PD"), ("codes.npz", "axial slices as codes: mri_gen decode vqvae"), ("drawn.npy", "axial slices drawn by a prior over codes"), ("large.nii.gz", "a head of twice the resolution of small.nii.gz")): say(f"  {name:22s}{what}")
     say(f"  try: mri_gen predict inpaint {out / 'test_set.npy'} --mask {out / 'test_set_mask.npy'} --method biharmonic --out mine.npy")

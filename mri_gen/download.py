@@ -215,9 +215,10 @@ def intact(folder, md5=None, deep=False):
     folder = Path(folder)
     if not folder.exists(): return False
     if not (folder / LIST).is_file(): raise UserError(f"{folder}: was not made by this command (no {LIST} in it); move it away or choose another --out")
-    made = core.read_json(folder / LIST)
+    made = core.read_json(folder / LIST, dict); files = made.get("files")
+    if not isinstance(files, dict) or any(not (isinstance(v, list) and len(v) == 2 and type(v[0]) is int) or core.escapes(n) for n, v in files.items()): raise UserError(f"{folder / LIST}: not as this command writes it; move the folder away and call again")
     if md5 and made.get("md5") != md5: raise UserError(f"{folder}: comes from another archive (MD5 {made.get('md5')}); move it away or choose another --out")
-    bad = [n for n, (size, sha) in made["files"].items() if not (folder / n).is_file() or size_of(folder / n) != size or deep and digest(folder / n, "sha256") != sha]
+    bad = [n for n, (size, sha) in files.items() if not (folder / n).is_file() or size_of(folder / n) != size or deep and digest(folder / n, "sha256") != sha]
     if bad: raise UserError(f"{folder}: {len(bad)} files are missing or changed (first: {bad[0]}); move the folder away and call again")
     return True
 
@@ -388,7 +389,7 @@ def read_idx(
             zipped = f.read(2) == b"\x1f\x8b"; f.seek(0)
             with gzip.GzipFile(fileobj=f) if zipped else contextlib.nullcontext(f) as g:
                 head = g.read(4)
-                if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in IDX or not head[3]: raise UserError(f"{path}: not an idx file (it starts with {head.hex()}); pass MNIST's, as they were published")
+                if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in IDX or not 0 < head[3] <= 8: raise UserError(f"{path}: not an idx file (it starts with {head.hex()}); pass MNIST's, as they were published")
                 dims, dtype = g.read(4 * head[3]), np.dtype(IDX[head[2]])
                 shape = tuple(int(n) for n in np.frombuffer(dims[:len(dims) // 4 * 4], ">u4"))
                 need = dtype.itemsize * int(np.prod(shape, dtype=object)) if len(shape) == head[3] else -1

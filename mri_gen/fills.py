@@ -136,10 +136,14 @@ class LocalRidge:
 
     def state(self):
         "Tensors to save"
-        return {k: torch.as_tensor(np.asarray(v), dtype=torch.float32) for k, v in vars(self).items()}
+        out = vars(self) | ({} if self.known is None else {"weights": self.weights[:, windows(self.known)[~self.known]]})   # those of missing neighbours are 0: left out
+        return {k: torch.as_tensor(np.asarray(v), dtype=torch.float32) for k, v in out.items()}
 
     @classmethod
-    def load(cls, state): return cls(**{k: v.numpy() for k, v in state.items()} | {"known": state["known"].numpy() > .5, "mean": state["mean"].item()})
+    def load(cls, state):
+        "Inverse of `state`"
+        known = state["known"].numpy() > .5; near = windows(known)[~known]; w = np.zeros((len(state["means"]), *near.shape), np.float32); w[:, near] = state["weights"].numpy()
+        return cls(**{k: v.numpy() for k, v in state.items()} | {"known": known, "mean": state["mean"].item(), "weights": w})
 
     def __call__(self, x, known):
         "Fill (n, H, W) under one mask (H, W)"

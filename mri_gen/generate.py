@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from .batches import DeviceData
-from .checkpoint import find_weights, load_into, load_weights
+from .checkpoint import building, find_weights, load_into, load_weights
 from .core import UserError, pick_device, read_json, write_json
-from .datasets import SliceSet, split_subjects
+from .datasets import SliceSet, save_array, split_subjects
 from .diffusion import SAMPLERS, TARGETS, diffuse, make_schedule, sample, sample_noise, target, times
 from .layers import CONV, ResBlock, UNet, count_parameters, group_norm
 from .slices import SIZE, fingerprint, simulated_slices, sources, training_slices, volume_slices
@@ -171,9 +171,9 @@ class Generator:
     ):
         path = find_weights("generate", weights); nets, self.meta = load_weights(path)
         if self.meta.get("task") != "generate" or self.meta.get("method") not in ("pixel", "latent"): raise UserError(f"{path}: holds weights of {self.meta.get('task')}/{self.meta.get('method')}, not of a generator")
-        self.cfg, self.device = Config.check(**self.meta["config"]), pick_device(device)
-        self.nets = {k: n.to(self.device).eval() for k, n in build(self.cfg).items()}
-        for k, n in self.nets.items(): load_into(n, nets[k], path)
+        self.device = pick_device(device)
+        with building(path, nets): self.cfg = Config.check(**self.meta["config"]); self.nets = {k: n.to(self.device).eval() for k, n in build(self.cfg).items()}
+        for k, n in self.nets.items(): load_into(n, nets.get(k, {}), path)
         self.schedule = make_schedule(self.cfg.schedule, self.cfg.timesteps)
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ def generate(
             which, file = range(a, min(a + batch_size, num_samples)), part / f"batch-{a:08d}.npy"
             if not file.exists():
                 x = g(which, num_inference_steps, scheduler, temperature, seed, eta, init_temperature).numpy()
-                np.save(part / "writing.npy", x); (part / "writing.npy").rename(file)
+                save_array(part / "writing.npy", x); (part / "writing.npy").rename(file)
             if progress: progress(which[-1] + 1, num_samples)
         images = np.concatenate([np.load(f, allow_pickle=False) for f in sorted(part.glob("batch-*.npy"))])
         save_images(part, images)

@@ -149,12 +149,12 @@ class Pieces:
 
     def batch(self,
         idx,       # (b,) numbers of places
-        flip=None, # (b,) mirror left and right?
+        flip=None, # (b,3) mirror along which axes?
     ):
         "((b,1,s,s,s) large, (b,1,s,s,s) interpolated, (b,) at half the resolution?), float32"
         out = []
         for n, i in enumerate(idx.tolist()):
             k, *at = self.places[i]; cut = tuple(slice(a, a + self.side) for a in at)
-            pair = torch.stack([self.large[k][cut].float(), self.guess[k][cut].float()]); out.append(pair.flip(1) if flip is not None and flip[n] else pair)
+            pair = torch.stack([self.large[k][cut].float(), self.guess[k][cut].float()]); out.append(pair if flip is None else pair.flip([a + 1 for a in range(3) if flip[n, a]]))
         x = torch.stack(out)
         return x[:, :1], x[:, 1:], torch.tensor([self.coarse[self.places[i][0]] for i in idx.tolist()], device=x.device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'CHUNK', 'NETWORKS', 'METHODS', 'CARD', 'check_mask', 'Config', 'build', 'load_data', 'augment', 'hole_loss',
            'regression', 'variational', 'adversarial', 'optimiser', 'job', 'Restorer', 'pretrained', 'predict',
-           'Evaluation', 'evaluate', 'companions', 'pictures']
+           'Evaluation', 'evaluate', 'companions', 'slim', 'pictures']
 
 # %% ../nbs/21_inpaint.ipynb #7441139a
 import time, warnings
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from .batches import DeviceData
-from .checkpoint import find_weights, load_into, load_weights
+from .checkpoint import building, find_weights, load_into, load_weights
 from .core import UserError, generator, pick_device
 from .corrupt import MASKS, N_DRAWS, check_agreement, named_mask, random_masks, read_mask, rician, tilted
 from .datasets import SliceSet, check_array, read_array
@@ -230,11 +230,12 @@ class Restorer:
         if method not in (None, "ridge", *NETWORKS): raise UserError(f"--method {method}: unknown; use {', '.join(('unet', 'ridge', *CLASSICAL, *NETWORKS[1:]))}")
         path = find_weights("inpaint", weights or method); nets, meta = load_weights(path)
         if meta.get("task") != "inpaint" or method not in (None, meta.get("method")): raise UserError(f"{path}: holds weights for {meta.get('task')}/{meta.get('method')}, not for inpaint/{method or 'unet'}")
-        self.method, self.meta, self.masks = meta["method"], meta, meta.get("masks", "mixed")
-        if self.method == "ridge": self.fill = LocalRidge.load(nets["ridge"]); return
+        self.method, self.meta, self.masks = meta.get("method"), meta, meta.get("masks", "mixed")
+        if self.method == "ridge":
+            with building(path, nets): self.fill = LocalRidge.load(nets["ridge"])
+            return
         self.device, self.fill = pick_device(device), self._network
-        try: self.net = build(Config.check(**meta["config"]))[self.method].to(self.device).eval()
-        except (KeyError, UserError) as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
+        with building(path, nets): self.net = build(Config.check(**meta["config"]))[self.method].to(self.device).eval()
         load_into(self.net, nets.get(self.method, {}), path)
 
     @torch.no_grad()
@@ -377,6 +378,11 @@ CARD = dict(
     data="IXI (brain-development.org), CC BY-SA 3.0: 2 mm T1 head volumes and axial T1 slices; and simulated heads (mri_gen.phantom). Subjects by data/splits.csv; `val` subjects were never trained on or chosen by.",
     limits="T1 contrast and heads only; healthy adults of three London scanners. What was not measured is invented plausibly, a lesion that lies wholly in missing pixels is lost. Not for clinical use.",
 )
+
+
+def slim(nets, meta):
+    "What is shipped of a run: the generator of a WGAN without its critic"
+    return {k: n for k, n in nets.items() if k != "critic"}, meta
 
 
 def pictures(

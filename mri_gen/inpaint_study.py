@@ -20,13 +20,12 @@ from . import inpaint
 from .checkpoint import find_weights
 from .core import RunFolder, Settings, UserError, parse_params, pick_device, read_json, source_id
 from .corrupt import MASKS, named_mask
-from .experiment import Part, budget_words, save_part, says
+from .experiment import Part, budget_words, fit_here, save_part, says
 from .fillers import calibration, calibration_figure, hole_variance
 from .fills import CLASSICAL, fill_with
 from .measure import as_pair, measure_all, region_tensor
 from .metrics import compare_all, pick, summarise
 from .slices import generated_slices, join, test_slices
-from .train import fit
 
 # %% ../nbs/21_inpaint_study.ipynb #02f8280d
 class Budget(Settings):
@@ -156,7 +155,7 @@ class Study:
             if not self.quiet: print(f"{name}: {steps} steps of {cfg.batch_size}", flush=True)
             made = inpaint.job(cfg, adapt(inpaint.training_slices(b.sagittal, b.axial, b.simulated, self.data, self.pattern)), pick_device(self.device))
             made.meta["source"] = source_id(self.data); return made
-        run = RunFolder(self.out / "study" / name); fit(job, cfg, run, self.device, quiet=self.quiet)
+        run = RunFolder(self.out / "study" / name); fit_here(job, cfg, run, self.device, quiet=self.quiet)
         r = inpaint.Restorer(None, run.path, self.device); r.run = run.path
         return r
 

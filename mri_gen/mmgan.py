@@ -20,7 +20,7 @@ from pydantic import Field
 
 from .batches import DeviceData
 from .cells import cell_figures, mislabelled, overall, published_table, score_cell
-from .checkpoint import find_weights, load_into, load_weights, save_weights
+from .checkpoint import building, find_weights, load_into, load_weights, save_weights
 from .core import UserError, generator, has_bf16, locked, mix, pick_device, root
 from .datasets import SliceSet, check_array, read_array
 from .imputers import CELLS, CONDITIONS, CURRICULA, MODALITIES, SCENARIOS, Imputer, OriginalGenerator, PatchGAN, PlainUNet, accuracy, condition, draw_scenarios, first_scenario, gap, lsgan_d, lsgan_g, missing_loss, parse_available, place, scenario_name, spread_loss
@@ -186,8 +186,7 @@ class Completer:
         path = find_weights("mmgan", weights); nets, self.meta = load_weights(path)
         if self.meta.get("task") != "mmgan" or self.meta.get("method") not in NETWORKS: raise UserError(f"{path}: holds weights of {self.meta.get('task')}/{self.meta.get('method')}, not of a network of mmgan")
         self.method, self.device, self.mirror = self.meta["method"], pick_device(device), mirror
-        try: self.cfg = Config.check(**self.meta["config"]); self.net = build(self.cfg)[self.method].to(self.device, memory_format=torch.channels_last).eval()
-        except (KeyError, UserError) as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
+        with building(path, nets): self.cfg = Config.check(**self.meta["config"]); self.net = build(self.cfg)[self.method].to(self.device, memory_format=torch.channels_last).eval()
         load_into(self.net, nets.get(self.method, {}), path)
         self.half = self.cfg.precision != "fp32" and has_bf16(self.device)      # a third faster; changes errors of 0.04 by 0.0004
 

@@ -24,10 +24,9 @@ from . import mmgan
 from .core import RunFolder, Settings, UserError, generator, numpy_generator, parse_params, pick_device, read_rows, source_id, whole
 from .corrupt import rician
 from .datasets import SliceSet
-from .experiment import Part, budget_words, save_part, says
+from .experiment import Part, budget_words, fit_here, save_part, says
 from .imputers import CELLS, MODALITIES, SCENARIOS, scenario_name
 from .metrics import compare_all, pick, score_table, summarise
-from .train import fit
 from .triples import SIDE, TISSUE_NAMES, Frame, a_few, load_triples, onto, simulated_head, trained_scale
 
 # %% ../nbs/22_mmgan_study.ipynb #40be18c1
@@ -88,7 +87,7 @@ class Study:
             made = mmgan.job(cfg, adapt(mmgan.load_data(cfg, self.data)) if slices is None else slices, pick_device(self.device))
             if slices is None: made.meta["source"] = source_id(self.data)
             return made
-        run = RunFolder(self.out / "study" / name); fit(job, cfg, run, self.device, quiet=self.quiet)
+        run = RunFolder(self.out / "study" / name); fit_here(job, cfg, run, self.device, quiet=self.quiet)
         net = mmgan.Completer(run.path, self.device); net.run = run.path
         return net
 

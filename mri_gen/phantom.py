@@ -299,7 +299,7 @@ def simulate_subject(
 
 def write_subject(out, **kw):
     "Simulate a subject and write images and truth under `out`; returns its line of the log"
-    head(); t0 = time.time()                                             # the atlas is built once a process
+    head(); t0 = time.monotonic()                                             # the atlas is built once a process
     s = simulate_subject(**kw); name = s["facts"]["subject"]
     for d in (out / name, out / "truth" / name): d.mkdir(parents=True)
     for n, (x, a) in s["images"].items(): save_nifti(out / name / f"{n}.nii.gz", x, a)
@@ -307,7 +307,7 @@ def write_subject(out, **kw):
     for n, m in s["transforms"].items(): save_transform(out / "truth" / name / f"{n}.tfm", m)
     write_json(out / "truth" / name / "facts.json", s["facts"])
     shapes = " ".join(f"{n}={'x'.join(map(str, x.shape))}" for n, (x, _) in sorted(s["images"].items()))
-    return dict(subject=name, site=s["facts"]["site"]), f"subject={name} site={s['facts']['site']} {shapes} seconds={time.time() - t0:.1f}"
+    return dict(subject=name, site=s["facts"]["site"]), f"subject={name} site={s['facts']['site']} {shapes} seconds={time.monotonic() - t0:.1f}"
 
 
 RESERVED_SEED = 2 ** 31 - 1   # heads that the shipped networks were trained on

@@ -20,7 +20,7 @@ from . import core
 from .align import STILL_MM, align, head_mask, points_in, resample, same_grid, write_transform
 from .bias import correct, log_field, signal, unevenness
 from .core import Settings, UserError, read_json, write_json, write_rows, write_skipped
-from .datasets import PATTERN, SliceSet, find_volumes, ixi_name, load_splits, read_array, save_slices, split_subjects
+from .datasets import PATTERN, SliceSet, find_volumes, ixi_name, load_splits, read_array, save_array, save_slices, split_subjects
 from .planes import PLANES, extract_slices
 from .volumes import Scale, Volume, read_volume, robust_scale, write_volume
 
@@ -152,10 +152,10 @@ def save_subject(p, job, cfg, inputs):
         else: write_volume(stage / "registered" / f"{m}.nii.gz", x, p.fixed)
     centre = points_in(p.head, p.fixed.affine, 20000).mean(0)
     for m, a in p.found.items(): write_transform(stage / "transforms" / f"{m}_to_{cfg.fixed}.tfm", a.matrix, a.kind, centre)
-    fixed_slices, numbers = cut(p.images, p.fixed, p.head, cfg); np.save(stage / "parts" / "baseline.npy", fixed_slices)
+    fixed_slices, numbers = cut(p.images, p.fixed, p.head, cfg); save_array(stage / "parts" / "baseline.npy", fixed_slices)
     out = p.corrected
     for m, x in out.items(): write_volume(stage / "n4" / f"{m}.nii.gz", x, p.fixed)
-    if out: np.save(stage / "parts" / "optimized_n4.npy", cut(out, p.fixed, p.head, cfg)[0])
+    if out: save_array(stage / "parts" / "optimized_n4.npy", cut(out, p.fixed, p.head, cfg)[0])
     else: (stage / "n4").rmdir()
     save_pictures(p, stage / "qc", cfg)
     facts = facts_of(p, cfg, s, job["site"], inputs, numbers); write_json(stage / "qc" / "facts.json", facts)
@@ -171,7 +171,7 @@ def process(
 ):
     "One subject from its files to its files: dict(facts=...) or dict(skipped=...); what runs in a worker"
     from threadpoolctl import threadpool_limits
-    with threadpool_limits(1): return _process(job, time.time(), PreprocessConfig(**job["cfg"]))   # as ITK: the same sums in the same order
+    with threadpool_limits(1): return _process(job, time.monotonic(), PreprocessConfig(**job["cfg"]))   # as ITK: the same sums in the same order
 
 
 def _process(job, t, cfg):
@@ -180,10 +180,10 @@ def _process(job, t, cfg):
         vols = {}
         for m, file in job["files"].items(): vols[m] = read_volume(file)
         inputs, file = {m: file_hash(f) for m, f in job["files"].items()}, job["files"][cfg.fixed]; p = prepare(vols, cfg)
-    except UserError as e: return dict(skipped=dict(subject=job["subject"], file=str(file), reason=str(e)), seconds=time.time() - t)
+    except UserError as e: return dict(skipped=dict(subject=job["subject"], file=str(file), reason=str(e)), seconds=time.monotonic() - t)
     except (RuntimeError, ValueError, ArithmeticError, np.linalg.LinAlgError, MemoryError) as e:  # of ITK and NumPy, on an image that nobody foresaw
-        why = (str(e).strip().splitlines() or [""])[-1][:160]; return dict(skipped=dict(subject=job["subject"], file=str(file), reason=f"{file}: {type(e).__name__} {why}; look at the image"), seconds=time.time() - t)
-    try: return dict(facts=save_subject(p, job, cfg, inputs), seconds=time.time() - t)
+        why = (str(e).strip().splitlines() or [""])[-1][:160]; return dict(skipped=dict(subject=job["subject"], file=str(file), reason=f"{file}: {type(e).__name__} {why}; look at the image"), seconds=time.monotonic() - t)
+    try: return dict(facts=save_subject(p, job, cfg, inputs), seconds=time.monotonic() - t)
     except OSError as e: raise UserError(f"{job['work']}: cannot be written ({e.strerror}); free space or choose another OUT; the same command goes on") from None
 
 # %% ../nbs/07_preprocess.ipynb #2d02af16
@@ -226,7 +226,7 @@ def gather_slices(
         with core.whole(to, True, ours="slices.csv") as t:
             for i, r in enumerate(rows):
                 r["file"] = f"{r['split']}/{r['subject']}_slice{r['slice']:04d}.npy"; (t / r["split"]).mkdir(parents=True, exist_ok=True)
-                y = x[[i]][0]; np.save(t / r["file"], y.astype(np.float32) / (255 if y.dtype == np.uint8 else 1))
+                y = x[[i]][0]; save_array(t / r["file"], y.astype(np.float32) / (255 if y.dtype == np.uint8 else 1))
             write_rows(t / "slices.csv", rows, ("file", "subject", "site", "slice", "position", "split", "plane"))
 
 # %% ../nbs/07_preprocess.ipynb #886dea03
@@ -258,13 +258,13 @@ def meter(
 ):
     "A function that is told each result: a progress bar on a terminal, a line each elsewhere"
     import sys
-    t0, n = time.time(), 0; bar = None
+    t0, n = time.monotonic(), 0; bar = None
     if live and sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         bar = Progress(TextColumn("subjects"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")); bar.start(); task = bar.add_task("", total=total, completed=done)
     def step(subject, state, seconds):
         nonlocal n
-        n += 1; rate = 60 * n / max(time.time() - t0, 1e-9); left = (total - done - n) / rate
+        n += 1; rate = 60 * n / max(time.monotonic() - t0, 1e-9); left = (total - done - n) / rate
         if bar: bar.update(task, completed=done + n, description=f"{rate:.1f} a minute, {left:.0f} min left")
         else: say(f"subject={subject} state={state} seconds={seconds:.1f} done={done + n}/{total} subjects_per_minute={rate:.2f} minutes_left={left:.1f}")
     try: yield step
@@ -275,11 +275,13 @@ def meter(
 @contextlib.contextmanager
 def alone(folder):
     "One writer at a time"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as f:
+    try: folder.mkdir(parents=True, exist_ok=True); f = open(folder / "lock", "a+")
+    except OSError as e: raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another OUT") from None
+    with f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: f.seek(0); raise UserError(f"{folder}: process {f.read().strip() or '?'} is writing here; wait for it or choose another OUT") from None
-        f.truncate(0); f.write(str(os.getpid())); f.flush(); yield
+        with contextlib.suppress(OSError): os.ftruncate(f.fileno(), 0); os.write(f.fileno(), str(os.getpid()).encode())
+        yield
 
 # %% ../nbs/07_preprocess.ipynb #376e9a82
 def find_cohort(src, pattern, modalities, fixed, skipped):

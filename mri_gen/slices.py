@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import UserError, data_dir, locked, mix, mix_arrays, root
-from .datasets import PATTERN, SliceSet, check_array, find_volumes, load_slices, load_splits, read_cohort, save_slices, split_of, split_subjects
+from .datasets import PATTERN, SliceSet, check_array, find_volumes, load_slices, load_splits, read_cohort, read_npz, save_slices, split_of, split_subjects
 from .planes import find_head, head_slices_64, random_head_slices_64, resize
 from .train import source_id
 
@@ -136,10 +136,10 @@ def generated_slices(
     p = Path(path); f = p / "images.npz" if (p / "images.npz").is_file() else p
     plane = None
     if f.suffix == ".npz" and f.is_file():
-        try:
-            with np.load(f, allow_pickle=False) as z: x, plane = z["images"], z["plane"] if "plane" in z.files else None
-        except (OSError, ValueError, KeyError) as e: raise UserError(f"{f}: no file of generated images ({e}); it must hold an array `images`") from None
-        x = check_array(x, str(f), constant=True)
+        got = read_npz(f, ("images", "plane"), "it must hold an array `images`"); plane = got.get("plane")
+        if "images" not in got: raise UserError(f"{f}: no file of generated images; it must hold an array `images`")
+        x = check_array(got["images"], str(f), constant=True)
+        if plane is not None and plane.shape != x.shape[:1]: raise UserError(f"{f}: {len(x)} images and planes of shape {plane.shape}; expected one name for each image")
     elif p.is_dir(): x = load_slices(p, splits=None).float()[:, :1]
     else: raise UserError(f"{path}: no such file or folder; generated=PATH names images.npz or a folder of images")
     if x.shape[2:] != (SIZE, SIZE): x = resize(x[:, 0], (SIZE, SIZE))[:, None]

@@ -188,7 +188,9 @@ class Loop:
     def restore(self, weights, state, path):
         "Inverse of `state`; `path` is where they come from"
         for k, n in self.named().items(): load_into(n, weights.get(k, {}), path)
-        for k, o in self.job.opts.items(): o.load_state_dict(state["opts"][k])
+        for k, o in self.job.opts.items():
+            o.load_state_dict(state["opts"][k])
+            if any(not isinstance(v, (int, float)) and v.ndim and v.shape != p.shape for p, s in o.state.items() for v in s.values()): raise ValueError(f"optimiser {k} is of other parameters")
         if self.scaler.is_enabled() and state["scaler"]: self.scaler.load_state_dict(state["scaler"])
         for k, t in state["task"].items(): self.job.state[k].copy_(t)
 
@@ -226,7 +228,8 @@ class Log:
     "Rows of figures: memory, `metrics.csv` and one line for people"
     def __init__(self, run, cfg, step, quiet=False):
         self.path, self.cfg, self.quiet, self.first = run / "metrics.csv", cfg, quiet, step
-        self.rows = [r for r in read_rows(self.path) if int(r["step"]) <= step] if self.path.exists() else []
+        try: self.rows = [r for r in read_rows(self.path, ("step",)) if int(r["step"]) <= step] if self.path.exists() else []
+        except ValueError: raise UserError(f"{self.path}: a step is no whole number; restore it from a copy, or delete it (the figures so far are lost, nothing else)") from None
         self.t0, self.bar = time.monotonic(), None
         if sys.stdout.isatty() and not quiet:
             with contextlib.suppress(ImportError):
@@ -268,9 +271,10 @@ def fit(
     with run.lock() if main else contextlib.nullcontext():
         done = run.state == "DONE"
         found = None if done else load_checkpoint(run / "checkpoint", device)
+        if found: _check_state(found[2], run)
         if threads or found: torch.set_num_threads(threads or found[2]["threads"])
-        if main: run.start(cfg, read_json(run / "env.json") if done else environment(device))
-        if done: return {"state": "DONE", **read_json(run / "DONE")}
+        if main: run.start(cfg, read_json(run / "env.json", dict) if done else environment(device))
+        if done: return {"step": cfg.steps, **read_json(run / "DONE", dict), "state": "DONE"}
         seed_everything(cfg.seed, "init")                            # initial weights
         loop = Loop(job() if callable(job) else job, cfg, device)
         if cfg.start and not found: loop.begin(cfg.start)
@@ -320,6 +324,13 @@ def _state(loop, sums, count):
     return weights, state | {"threads": torch.get_num_threads(), "device": loop.device.type, "precision": loop.precision, "samples": loop.job.n, "trained_on": loop.job.meta.get("trained_on", ""), "sums": (sums, count)}
 
 
+def _check_state(state, run):
+    "`UserError` unless the state of a checkpoint has the parts that this version knows"
+    kinds = {"opts": dict, "scaler": dict, "task": dict, "threads": int, "sums": (tuple, list)}
+    odd = [k for k, t in kinds.items() if not isinstance(state.get(k), t)] if isinstance(state, dict) else [*kinds]
+    if odd: raise UserError(f"{run / 'checkpoint'}: no {', '.join(odd)} in its state; use the version that wrote it, or choose another --out")
+
+
 def _restore(loop, found, run):
     "Put a checkpoint into the loop; returns (step, sums, count). Other data are an error, other circumstances a warning"
     step, weights, state = found
@@ -328,8 +339,11 @@ def _restore(loop, found, run):
     if state.get("trained_on", now["trained_on"]) != now["trained_on"]: raise UserError(f"{run.path}: begun with other training data of the same size; pass the same --data or choose another --out")
     for k in ("threads", "device", "precision"):
         if state.get(k, now[k]) != now[k]: warnings.warn(f"{run.path}: begun with {k}={state[k]}, goes on with {now[k]}: results may differ in the last bits")
-    loop.restore(weights, state, run / "checkpoint")
-    return step, *state["sums"]
+    try:
+        loop.restore(weights, state, run / "checkpoint")
+        sums, count = state["sums"]; return step, {str(k): float(v) for k, v in sums.items()}, int(count)
+    except UserError: raise
+    except Exception as e: raise UserError(f"{run / 'checkpoint'}: its state does not fit ({type(e).__name__}: {' '.join(str(e).split())[:160]}); use the version that wrote it, or choose another --out") from None
 
 
 def _means(sums, count, loop):
@@ -386,7 +400,7 @@ def train_task(
     run = RunFolder(base / (name or f"{profile}-s{cfg.seed}"))
     source = {"data": str(Path(data).resolve()) if data else None, "pattern": pattern}
     if not (run / "data.json").exists(): write_json(run / "data.json", source)
-    elif source != read_json(run / "data.json"): raise UserError(f"{run.path}: begun with --data {read_json(run / 'data.json')['data']}, now --data {source['data']}; pass the same (and the same --pattern) or choose another --name")
+    elif source != (old := read_json(run / "data.json", dict)): raise UserError(f"{run.path}: begun with --data {str(old.get('data'))[:200]}, now --data {source['data']}; pass the same (and the same --pattern) or choose another --name")
 
     def job():
         first = not dist.is_initialized() or dist.get_rank() == 0

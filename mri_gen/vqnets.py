@@ -86,10 +86,11 @@ def image_loss(
     y, x,  # (B,1,H,W) float32
     ssim=10., l1=10.,  # weights of 1 - SSIM and of the absolute error
     head=1.,           # additional weight of 1 - SSIM where the head is
+    over=lambda v: v,  # mean of a 0-d tensor over all processes: how much head there is counts in the whole batch
 ):
     "(loss, SSIM) 0-d"
     s, mean = ssim_terms(y, x); w = 1 + head * (mean > .08)
-    return ssim * ((1 - s) * w).sum() / w.sum() + l1 * (y - x).abs().mean(), s.detach().mean()
+    return ssim * ((1 - s) * w).sum() / over(w.sum()) + l1 * (y - x).abs().mean(), s.detach().mean()
 
 # %% ../nbs/18_vqnets.ipynb #63a242ae
 @torch.no_grad()

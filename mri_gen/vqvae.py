@@ -20,10 +20,10 @@ from pydantic import Field
 
 from .axial import POSITIONS, load_t1
 from .batches import DeviceData
-from .checkpoint import find_weights, identity, load_into, load_weights
+from .checkpoint import building, find_weights, identity, load_into, load_weights
 from .codes import ScalarQuantiser, VectorQuantiser, bits_per_pixel, count_codes, load_codes, usage, usage_figure
 from .core import UserError, generator, pick_device, whole
-from .datasets import SliceSet, check_array, read_array
+from .datasets import SliceSet, check_array, read_array, save_array
 from .drawn import quality, words
 from .patches import PatchCodes, block_mean
 from .prior import CodePrior, PixelCNN, draw_codes, draw_pixelcnn
@@ -68,7 +68,7 @@ class Config(TrainConfig):
     flip: float = Field(.5, ge=0, le=1, description="share of slices mirrored left to right")
     gain: float = Field(.1, ge=0, le=.5, description="largest change of brightness")
     crop: tuple[int, int] = Field((80, 80), description="random windows of (height, width) to train on; 0: the whole side")
-    whole: float = Field(.25, ge=0, le=1, description="last share of the steps, on whole slices, as many as have the pixels of the windows")
+    whole: float = Field(.25, ge=0, le=1, description="last share of the steps, on whole slices, as many as have the pixels of the windows, the first of each process's share")
     autoencoder: str = Field("", description="prior: name, file or run of the autoencoder's weights; empty: the shipped one")
     width: int = Field(192, ge=8, description="prior: channels")
     depth: int = Field(6, ge=1, description="prior: layers")
@@ -148,7 +148,7 @@ def job(
         if late: idx, u = idx[:max(1, windows // loop.world)], u[:max(1, windows // loop.world)]
         x = augment(train.batch(idx), u, cfg, late); raw = loop.raw[name].quantiser
         with loop.autocast(): y, z, codes, lq = loop.nets[name](x, quantise=loop.step > cfg.kmeans or not cfg.kmeans)
-        loss, s = (F.mse_loss(y, x) / variance, ssim_terms(y.detach(), x)[0].mean()) if name == "original" else image_loss(y, x, cfg.ssim, cfg.l1, cfg.head)
+        loss, s = (F.mse_loss(y, x) / variance, ssim_terms(y.detach(), x)[0].mean()) if name == "original" else image_loss(y, x, cfg.ssim, cfg.l1, cfg.head, lambda v: loop.gather(v[None]).mean())
         loop.update(name, loss + lq)
         z, codes, g = loop.gather(z), loop.gather(codes), generator(cfg.seed, "codes", loop.step, device=loop.device); moved = torch.zeros((), device=x.device)
         if loop.step == cfg.kmeans and cfg.kmeans: raw.start(z, g)
@@ -198,9 +198,7 @@ class Tokeniser:
         path = find_weights("vqvae", weights); nets, self.meta = load_weights(path); self.nets = nets
         if self.meta.get("task") != "vqvae": raise UserError(f"{path}: holds weights of {self.meta.get('task')}/{self.meta.get('method')}, not of vqvae")
         self.device, prior = pick_device(device), self.meta.get("method") in PRIORS
-        about = self.meta["autoencoder"] if prior else self.meta; self.method = about["method"]
-        try: self.cfg = Config.check(**about["config"]); self.net = autoencoder(self.cfg).to(self.device).eval()
-        except (KeyError, UserError) as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
+        with building(path, nets): about = self.meta["autoencoder"] if prior else self.meta; self.method = about["method"]; self.cfg = Config.check(**about["config"]); self.net = autoencoder(self.cfg).to(self.device).eval()
         if prior and "autoencoder" not in nets:                                                       # shipped beside it, see `slim`
             path = find_weights("vqvae", self.method); nets = {"autoencoder": load_weights(path)[0].get(self.method, {})}
             if identity(nets["autoencoder"]) != about["identity"]: raise UserError(f"{path}: the shipped prior knows the codes of another autoencoder; train and publish a prior for this one")
@@ -253,7 +251,8 @@ class Sampler(Tokeniser):
         path = find_weights("vqvae", weights or "prior"); super().__init__(path, device); nets = self.nets
         kind = self.meta["method"]; self.grid = tuple(self.meta.get("autoencoder", {}).get("grid", ()))
         if kind not in PRIORS: raise UserError(f"{path}: holds {kind}, which draws nothing; train one with `mri_gen train vqvae --profile prior`")
-        self.prior = _with_prior(Config.check(**self.meta["config"]), self.meta["autoencoder"])[kind].to(self.device).eval(); load_into(self.prior, nets[kind], path)
+        with building(path, nets): self.prior = _with_prior(Config.check(**self.meta["config"]), self.meta["autoencoder"])[kind].to(self.device).eval()
+        load_into(self.prior, nets.get(kind, {}), path)
 
     def __call__(self, which, position=None, seed=0, temperature=1., top_k=None):
         "(n,H,W) float32 in [0,1]; position low, mid or high, one for all or a list; None: as they come"
@@ -287,7 +286,7 @@ def sample(
     if not 1 <= n <= 10000: raise UserError(f"--n {n}: use 1 to 10000")
     s = Sampler(weights, device)
     with whole(out, force, "samples.npy") as tmp:
-        x = s(range(n), position, seed, temperature, top_k); tmp.mkdir(); np.save(tmp / "samples.npy", x); k = math.ceil(math.sqrt(n)); x = np.concatenate([x, np.zeros((-n % k, *x.shape[1:]), x.dtype)])
+        x = s(range(n), position, seed, temperature, top_k); tmp.mkdir(); save_array(tmp / "samples.npy", x); k = math.ceil(math.sqrt(n)); x = np.concatenate([x, np.zeros((-n % k, *x.shape[1:]), x.dtype)])
         Image.fromarray(np.round(np.concatenate([np.concatenate(list(r), 1) for r in x.reshape(-1, k, *x.shape[1:])]) * 255).astype(np.uint8)).save(tmp / "grid.png")
     return Path(out)
 

@@ -344,6 +344,19 @@ def test_torchrun_equals_one_process(tmp_path):
     np.testing.assert_allclose(*rows, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", ["generate", "mmgan", "vqvae", "cyclegan", "sr3d"])
+def test_torchrun_equals_one_process_for_every_task(slug, tmp_path):
+    "Simulated heads, 4 steps: figures to 1e-4, weights to 1e-3. Only the last phase of vqvae and cyclegan, on whole slices (`whole`), shares them out by another rule, which its description says"
+    words = [slug, *(w for k, v in dict(steps=4, warmup=0, log_every=1, val_every=4, precision="fp32", **({"whole": 0} if slug in ("vqvae", "cyclegan") else {})).items() for w in ("-p", f"{k}={v}")), "--out", str(tmp_path), "--device", "cpu", "--threads", "1"]
+    env = {k: v for k, v in ENV.items() if k != "MRI_GEN_DATA"}
+    for name, run in (("one", [sys.executable]), ("two", torchrun())):
+        r = subprocess.run([*run, "-m", "mri_gen.train", *words, "--name", name], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300); assert r.returncode == 0, r.stdout + r.stderr
+    one, two = (flatten(load_weights(tmp_path / n / "weights.safetensors")[0]) for n in ("one", "two"))
+    assert largest(one, two) < 1e-3
+    np.testing.assert_allclose(*(np.genfromtxt(tmp_path / n / "metrics.csv", delimiter=",", skip_header=1) for n in ("one", "two")), rtol=1e-4)
+
+
 def test_a_batch_that_cannot_be_shared(monkeypatch, tmp_path):
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True); monkeypatch.setattr(train.dist, "get_rank", lambda: 0); monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
     with pytest.raises(UserError, match="batch_size=8 cannot be shared by 3"): go(tmp_path)

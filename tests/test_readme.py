@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [p for p in (ROOT / n for n in ("README.md", "CONTRIBUTING.md", "REFERENCES.md")) if p.exists()]
+PAGES = [p for p in (ROOT / n for n in ("README.md", "CONTRIBUTING.md", "REFERENCES.md", "kaggle/README.md")) if p.exists()]
 
 
 def fences(text, language): return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     links = [x.split("#")[0] for x in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:|#", x)]

@@ -1,11 +1,13 @@
 """Kill a training run at random moments, again and again: it must end in the bytes of the run that nobody disturbed.
 
     python tests/torture.py --kills 60 --seed 0      # score, seeds, where the kills fell; exit code 1 unless all are survived
+    python tests/torture.py --tasks --kills 100      # the same for the six real tasks, tiny, on drawn heads, through `train.train_task`
     torchrun --nproc_per_node=2 tests/torture.py --fit FOLDER --steps 5      # the same task in several processes
 
 A round is one run folder: processes train in it, one after the other, and each is killed (SIGKILL, SIGTERM, Ctrl-C, SIGTERM and soon SIGKILL) after a random time, until one reaches `DONE`. A round survives when its weights, last checkpoint
 (networks, averages, optimisers, pool), pictures and metrics.csv equal the undisturbed run's, byte for byte; all kills of a round that does not are counted as lost.
-The task has what real ones have: two networks that train against each other, one of them twice a step, averaged weights, dropout, BatchNorm, an image pool; fp32 and bf16 by turns.
+The task of our own has what real ones have: two networks that train against each other, one of them twice a step, averaged weights, dropout, BatchNorm, an image pool; fp32 and bf16 by turns.
+With --tasks: generator and its autoencoder, inpainting by regression and by WGAN, triples, code book and its prior, two generators with a pool, cubes by regression and by diffusion.
 Disks are slow here (each write stops half-way), so that many kills fall into a checkpoint. Processes are forked from one that has imported torch: a kill then costs a tenth of a second.
 """
 import argparse, mmap, os, random, shutil, signal, sys, tempfile, time
@@ -56,6 +58,59 @@ def job(cfg, dropout=.2, norm=True):
                validate=lambda nets: {"mse": (nets["g"](x) - x).square().mean().item()}, preview=lambda nets: (nets["g"](x[:1])[0, 0].clamp(0, 1) * 255).byte().numpy())
 
 
+def drawn(n=24, size=32):
+    "A `SliceSet` of n drawn heads in two contrasts and a third, of 6 subjects, the last for dev"
+    import numpy as np
+    from mri_gen.datasets import SliceSet
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]; out, table = [], []
+    for i in range(n):
+        g = np.random.default_rng(i); r = np.hypot(x / (.7 + .02 * (i % 6)), y / .85); head = (r < 1) * (.5 + .3 * np.cos(7 * r + 3 * x) + .02 * g.random(x.shape))
+        out.append([head, (r < 1) * (1 - head), .5 * head + .2 * (r < .5)]); table.append(dict(subject=f"S{i % 6}", site=("x", "y")[i % 2], slice=i // 6, position=("low", "mid", "high")[i // 6 % 3], split="dev" if i % 6 > 3 else "train", plane="sagittal", data="drawn"))
+    return SliceSet(np.round(np.clip(out, 0, 1) * 255).astype(np.uint8), table)
+
+
+def drawn_heads(n=24):
+    "A `VolumeSet` of three balls with rings"
+    import numpy as np
+    from mri_gen.heads import VolumeSet
+    from mri_gen.volumes import Volume
+    r = [np.linalg.norm(np.stack(np.mgrid[-1:1:n * 1j, -1:1:n * 1j, -1:1:n * 1j]) * np.reshape([1, 1.1 + .1 * i, 1.2], (3, 1, 1, 1)), axis=0) for i in range(3)]
+    return VolumeSet([Volume(100 * (v < 1) * (1.2 + np.cos(9 * v)), np.eye(4)) for v in r], [dict(subject=f"S{i}", site="x", split="dev" if i == 2 else "train", data="drawn") for i in range(3)])
+
+
+COMMON = dict(steps=12, batch_size=4, warmup=3, ema=.9, log_every=3, val_every=5, save_every=4, precision="fp32")
+TASKS = {   # run: (slug, profile, settings); RUN:name stands for the undisturbed run of another one
+    "generate": ("generate", "smoke", dict(chs=[8, 16], emb_dim=16)), "autoencoder": ("generate", "smoke", dict(space="autoencoder", chs=[8, 16])), "inpaint": ("inpaint", "smoke", dict(chs=[8, 16])), "wgan": ("inpaint", "wgan", dict(chs=[8, 16])),
+    "mmgan": ("mmgan", "smoke", dict(chs=[8, 16])), "vqvae": ("vqvae", "smoke", dict(chs=[8, 16], codes=16, kmeans=4, val_images=3)), "prior": ("vqvae", "prior_smoke", dict(width=16, depth=1, val_images=3, autoencoder="RUN:vqvae")),
+    "cyclegan": ("cyclegan", "smoke", dict(chs=[8, 16], d_chs=[8, 16], crop=[16, 16], lookalikes=0, pool=6, val_images=3)), "sr3d": ("sr3d", "smoke", dict(chs=[4, 4], emb_dim=8, side=8, many=8, crop=16)), "diffusion": ("sr3d", "smoke", dict(method="diffusion", chs=[4, 4], emb_dim=8, side=8, many=8, crop=16, base="RUN:sr3d"))}
+
+
+def real_tasks(base, names=None):
+    "{run: function that trains it in a folder}; data are made here, once, and what torch loads late is loaded"
+    from mri_gen.train import task_module, train_task
+    from mri_gen.unpaired import single
+    three, out = drawn(), {}; one = type(three)(three.images[:, :1], three.table); large = drawn(24, 64); large = type(one)(large.images[:, :1], large.table)
+    data = {"generate": large, "inpaint": large, "mmgan": three, "vqvae": one, "cyclegan": single(three), "sr3d": drawn_heads()}
+    for name in names or TASKS:
+        slug, profile, params = TASKS[name]; task = task_module(slug); task.load_data = lambda cfg, where, pattern, slug=slug: data[slug]
+        params = COMMON | {k: str(base / f"one-{v[4:]}") if str(v).startswith("RUN:") else v for k, v in params.items()}
+        out[name] = lambda folder, slug=slug, profile=profile, params=params: train_task(slug, profile, params, out=Path(folder).parent, name=Path(folder).name, device="cpu", threads=1, quiet=True)
+        if not any(str(v).startswith("RUN:") for v in TASKS[name][2].values()): j = task.job(task.Config.profile(profile, **params), data[slug], torch.device("cpu")); [n.eval() for n in j.nets.values()]; warm(j)
+    return out
+
+
+@torch.no_grad()
+def warm(j):
+    if j.validate: j.validate(j.nets)
+    if j.preview: j.preview(j.nets)
+
+
+def toys(base):
+    "The task of our own, in fp32 and bf16"
+    cfgs = {p: config(precision=p) for p in ("fp32", "bf16")}; job(config())
+    return {p: lambda folder, cfg=cfg: fit(lambda: job(cfg), cfg, folder, device="cpu", threads=1, quiet=True) for p, cfg in cfgs.items()}
+
+
 def result(folder):
     "{file: bytes} of all that must be equal: of checkpoints the last one (which one came before it depends on where the run was paused)"
     folder = Path(folder)
@@ -63,7 +118,7 @@ def result(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def slow(place, delay=.004):
+def slow(place, delay):
     "Make the disk slow, and note in `place` what is going on"
     def wrap(module, name, k, before=None):
         inner = getattr(module, name)
@@ -82,8 +137,8 @@ def slow(place, delay=.004):
     train.Loop.train_step = step
 
 
-def child(folder, cfg, log, place=None):
-    "Fork a process that trains in `folder`; returns its id. Exit code: 0, or 128 + signal"
+def child(go, folder, log, place=None, delay=.004):
+    "Fork a process that does `go(folder)`, a training; returns its id. Exit code: 0, or 128 + signal"
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)               # not before the child is inside `try`: it must never run on into our code
     pid = os.fork()
@@ -93,8 +148,8 @@ def child(folder, cfg, log, place=None):
         signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND); os.dup2(fd, 1); os.dup2(fd, 2)
-        if place is not None: slow(place)
-        fit(lambda: job(cfg), cfg, folder, device="cpu", threads=1, quiet=True); code = 0
+        if place is not None: slow(place, delay)
+        torch.set_num_threads(1); go(folder); code = 0
     except SystemExit as e: code = e.code
     except KeyboardInterrupt: code = 130
     except BaseException:
@@ -108,22 +163,22 @@ def wait(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def torture(kills, seed, base):
-    "Survived kills, seeds of the rounds, where the kills fell"
-    job(config()); import PIL.Image                      # torch and PIL load parts of themselves late: once here, not in every child
-    cfgs = [config(), config(precision="bf16")]; want, took = [], []
-    for i, cfg in enumerate(cfgs):
+def torture(kills, seed, base, runs=toys, most=99, delay=.004):
+    "Survived kills, seeds of the rounds, where the kills fell; `most` kills in a round; `delay`: seconds that each write takes"
+    import PIL.Image  # noqa: F401                       torch and PIL load parts of themselves late: once here, not in every child
+    runs = runs(base); names = [*runs]; want, took = [], []
+    for name in names:
         t = time.monotonic()
-        assert wait(child(base / f"one-{i}", cfg, base / "log", bytearray(1))) == 0, (base / "log").read_text()
-        want.append(result(base / f"one-{i}")); took.append(time.monotonic() - t)
-    assert want[0] != want[1], "the comparison must be able to fail"
-    survived = done = paused = 0; seeds, places, kinds, lost = [], Counter(), Counter(), []
+        assert wait(child(runs[name], base / f"one-{name}", base / "log", bytearray(1), delay)) == 0, (base / "log").read_text()
+        want.append(result(base / f"one-{name}")); took.append(time.monotonic() - t)
+    assert all(a != b for i, a in enumerate(want) for b in want[:i]), "the comparison must be able to fail"
+    survived = done = paused = 0; seeds, places, kinds, lost, each = [], Counter(), Counter(), [], Counter()
     while done < kills:
         s = seed * 1000 + len(seeds); rng = random.Random(s); seeds.append(s)
-        i = s % 2; folder, here = base / f"round-{s}", 0
+        i = s % len(names); folder, here = base / f"round-{s}", 0
         for attempt in range(100):
-            place = mmap.mmap(-1, 1); pid = child(folder, cfgs[i], base / "log", place)
-            if done + here < kills:
+            place = mmap.mmap(-1, 1); pid = child(runs[names[i]], folder, base / "log", place, delay)
+            if done + here < kills and here < most:
                 kind = rng.choice(list(KINDS))
                 time.sleep(rng.uniform(.05, .8) * took[i]); at = place[0]
                 for number in KINDS[kind]:
@@ -140,23 +195,26 @@ def torture(kills, seed, base):
         if not (folder / "DONE").exists(): lost.append(f"round {s}: never done")
         else:
             got = result(folder); differ = sorted(k for k in want[i].keys() | got.keys() if want[i].get(k) != got.get(k))
-            if differ: lost.append(f"round {s}: other bytes in {', '.join(differ)}")
-        done += here
+            if differ: lost.append(f"round {s}: {names[i]}: other bytes in {', '.join(differ)}")
+        done += here; each[names[i]] += here
         if not any(x.startswith(f"round {s}:") for x in lost): survived += here; shutil.rmtree(folder)
-    return survived, done, seeds, places, kinds, paused, lost
+    return survived, done, seeds, places, kinds, paused, lost, each
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--kills", type=int, default=60); ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--tasks", nargs="*", choices=list(TASKS), metavar="RUN", help=f"torture real tasks: {', '.join(TASKS)}; without names: all")
     ap.add_argument("--fit", metavar="FOLDER", help="only train there, also under torchrun (no dropout, no BatchNorm)"); ap.add_argument("--steps", type=int, default=5); ap.add_argument("--pause", type=float, default=0, help="seconds a step")
     a = ap.parse_args()
     if a.fit: return one(a)
     t = time.monotonic()
     with tempfile.TemporaryDirectory() as d:
-        survived, done, seeds, places, kinds, paused, lost = torture(a.kills, a.seed, Path(d))
+        n = len(a.tasks or TASKS); how = {} if a.tasks is None else dict(runs=lambda base: real_tasks(base, a.tasks), most=max(2, min(4, -(-a.kills // n))), delay=.03)
+        survived, done, seeds, places, kinds, paused, lost, each = torture(a.kills, a.seed, Path(d), **how)
         if lost: print((Path(d) / "log").read_text()[-2000:], file=sys.stderr)
     for x in lost: print(x)
+    if a.tasks is not None: print("runs: " + ", ".join(f"{k} {n}" for k, n in each.items()))
     print("kills: " + ", ".join(f"{n} {k}" for k, n in sorted(kinds.items())))
     print("fell " + ", ".join(f"{PLACES[k]}: {n}" for k, n in sorted(places.items())) + f"; {paused} stopped in good order")
     print(f"seeds {seeds[0]}-{seeds[-1]}, {time.monotonic() - t:.0f} s")
