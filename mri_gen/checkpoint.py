@@ -111,7 +111,7 @@ def find_weights(
         if not p.exists(): raise UserError(f"{weights}: this run has no weights.safetensors yet; let it finish (the same command goes on), or name another")
         return p
     if not names: raise UserError(f"{slug}: no weights are shipped for this task; train some (`mri_gen train {slug}`) and pass --weights RUN")
-    if weights is not None: raise UserError(f"--weights {weights}: neither a file, nor a run, nor one of the shipped names ({', '.join(names)})")
+    if weights is not None: raise UserError(f"--weights {weights}: neither a file, nor a run, nor one of the shipped names ({', '.join(names)}; {shipped / 'weights.json'})")
     return shipped / next(iter(names.values()))
 
 # %% ../nbs/12_checkpoint.ipynb #025e0e5c

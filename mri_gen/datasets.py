@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'SPLIT_COLUMNS', 'MAX_NUMBERS', 'MAX_PIXELS', 'PATTERN', 'c
            'save_slices', 'read_png', 'read_slice', 'load_slices', 'find_volumes', 'read_cohort']
 
 # %% ../nbs/06_datasets.ipynb #55f98a4c
-import functools, io, math, re, warnings, zipfile
+import functools, io, math, os, re, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -391,7 +391,7 @@ def find_volumes(
         if r["modality"] in have.setdefault(r["subject"], {}): raise UserError(f"{r['path']}: subject {r['subject']} has a second {r['modality']} ({have[r['subject']][r['modality']].name}); make --pattern tell them apart")
         have[r["subject"]][r["modality"]] = r["path"]
     for s, m in have.items():
-        lack = [x for x in modalities or m if x not in m or not m[x].is_file()]
+        lack = [x for x in modalities or m if x not in m or not os.path.isfile(m[x])]
         if lack: skipped.append(dict(subject=s, file=str(m.get(lack[0], "")), reason=f"{', '.join(lack)} missing")); rows = [r for r in rows if r["subject"] != s]
     if not rows: raise UserError(f"{src}: no subject has {', '.join(modalities or ['a readable file'])}; check --modality and --pattern")
     return sorted(rows, key=lambda r: (r["subject"], (modalities or sorted(m for h in have.values() for m in h)).index(r["modality"])))

@@ -374,7 +374,7 @@ def _any(flag):
 # %% ../nbs/13_train.ipynb #955c4583
 def task_module(slug):
     "`mri_gen.<slug>`, or a `UserError`"
-    try: m = import_module(f"mri_gen.{slug}")
+    try: m = import_module(f"mri_gen.{slug}") if str(slug).isidentifier() else None
     except ModuleNotFoundError as e:
         if e.name != f"mri_gen.{slug}": raise
         m = None
