@@ -485,8 +485,8 @@ def sample_vqvae(
     import time
     from mri_gen.core import pick_device
     from mri_gen.vqvae import sample as go
-    pick_device(device); t = time.time()
-    say(f"{go(out, n, seed, position, temperature, top_k, weights, device, force)}: {n} images in {time.time() - t:.0f} s")
+    pick_device(device); t = time.monotonic()
+    say(f"{go(out, n, seed, position, temperature, top_k, weights, device, force)}: {n} images in {time.monotonic() - t:.0f} s")
 
 # %% ../nbs/39_cli.ipynb #4c674e3c
 @app.command()
@@ -505,12 +505,12 @@ def generate(
     "Draw head slices; stopped anywhere, the same command goes on."
     import time
     from mri_gen.generate import generate as go
-    began, first = time.time(), []
+    began, first = time.monotonic(), []
     def progress(done, of):
-        first.append((time.time(), done)); per = (first[-1][0] - began) / done if len(first) == 1 else (first[-1][0] - first[0][0]) / (done - first[0][1])
+        first.append((time.monotonic(), done)); per = (first[-1][0] - began) / done if len(first) == 1 else (first[-1][0] - first[0][0]) / (done - first[0][1])
         say(f"images={done}/{of} eta={time.strftime('%H:%M:%S', time.gmtime(per * (of - done)))}")
     folder = go(out, num_samples, num_inference_steps, batch_size, scheduler, temperature, seed, eta, init_temperature, weights, device, force, progress)
-    say(f"{folder}: {num_samples} images in {time.time() - began:.0f} s")
+    say(f"{folder}: {num_samples} images in {time.monotonic() - began:.0f} s")
 
 # %% ../nbs/39_cli.ipynb #336709d1
 @app.command()
