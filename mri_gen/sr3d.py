@@ -373,7 +373,7 @@ CARD = dict(
     use="Doubles the resolution of a T1 head volume with cubic voxels (trained for 4 mm to 2 mm); factor 4 by doing it twice. `regression` answers with the mean, smooth and nearest on average; `diffusion` draws one of the heads that may have been measured, as sharp as a scan; its draws agree with the measurement exactly and differ where it says nothing. Any NIfTI orientation; intensities come back in their own units.",
     source="ixi_hh",
     data="IXI (brain-development.org), CC BY-SA 3.0: whole-head T1 volumes of the Hammersmith 3T scanner at 2 mm; resolution was taken away by 2x2x2 block means. People by data/splits.csv; those of `val` were never trained on or chosen by.",
-    limits="Resolution was lost by computation, not on a scanner, and field strength is not changed: nothing here turns 1.5T into 3T. One scanner, one contrast, healthy adults. Detail that diffusion draws is likely, not measured: never read a lesion from it. What the network was not trained for (other contrasts, thick slices, other ways of losing resolution) is measured in the side experiments, where it loses. Not for clinical use.",
+    limits="Resolution was lost by computation, not on a scanner, and field strength is not changed: nothing here turns 1.5T into 3T. One scanner, one contrast, healthy adults. Detail that diffusion draws is likely, not measured: never read a lesion from it. What the network was not trained for (other contrasts, thick slices, other ways of losing resolution) is measured in the side experiments, where it gains less, or loses. Not for clinical use.",
 )
 
 
