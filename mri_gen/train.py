@@ -399,11 +399,11 @@ def train_task(
     if name and Path(name).name != name: raise UserError(f"--name {name}: one name without / or ..; --out says where runs lie")
     run = RunFolder(base / (name or f"{profile}-s{cfg.seed}"))
     source = {"data": str(Path(data).resolve()) if data else None, "pattern": pattern}
-    if not (run / "data.json").exists(): write_json(run / "data.json", source)
-    elif source != (old := read_json(run / "data.json", dict)): raise UserError(f"{run.path}: begun with --data {str(old.get('data'))[:200]}, now --data {source['data']}; pass the same (and the same --pattern) or choose another --name")
+    first = not dist.is_initialized() or dist.get_rank() == 0            # one process writes, or they take each other's file away
+    if first and not (run / "data.json").exists(): write_json(run / "data.json", source)
+    elif first and source != (old := read_json(run / "data.json", dict)): raise UserError(f"{run.path}: begun with --data {str(old.get('data'))[:200]}, now --data {source['data']}; pass the same (and the same --pattern) or choose another --name")
 
     def job():
-        first = not dist.is_initialized() or dist.get_rank() == 0
         if not first: _any(False)                        # rank 0 prepares the data, the others then find them
         slices = task.load_data(cfg, data, pattern)
         if first and dist.is_initialized(): _any(False)
