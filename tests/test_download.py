@@ -37,7 +37,7 @@ class Server:
             def do_HEAD(self): outer.answer(self, {} if outer.head else dict(status=501))
             def do_GET(self): outer.answer(self, outer.faults.pop(0) if len(outer.faults) > 1 else outer.faults[0])
         self.http = HTTPServer(("127.0.0.1", 0), Handler)
-        self.http.timeout, self.stop = .02, threading.Event()
+        self.http.timeout, self.stop, self.busy = .02, threading.Event(), threading.Lock()
         self.base = f"http://127.0.0.1:{self.http.server_port}/"
         self.thread = threading.Thread(target=self.serve, daemon=True); self.thread.start()
         return self
@@ -50,6 +50,9 @@ class Server:
 
     def answer(self, h, fault):
         "One answer; logs (method, first byte asked for, bytes sent)"
+        with self.busy: self._answer(h, fault)
+
+    def _answer(self, h, fault):
         data, asked = self.files.get(h.path[1:]), int(h.headers.get("Range", "bytes=0-")[6:-1])
         at, sent = asked if fault.get("ranges", True) else 0, 0
         try:
@@ -68,7 +71,8 @@ class Server:
         finally: self.log.append((h.command, asked, sent)); h.close_connection = True
 
     @property
-    def gets(self): return [at for m, at, _ in self.log if m == "GET"]
+    def gets(self):
+        with self.busy: return [at for m, at, _ in self.log if m == "GET"]       # an answer is logged a moment after its last byte has arrived
 
 
 @pytest.fixture(autouse=True)
