@@ -18,7 +18,9 @@ from .core import UserError
 def free_memory(device):
     "Bytes that are free on a device"
     if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as f: return next(int(x.split()[1]) << 10 for x in f if x.startswith("MemAvailable"))    # file caches can be dropped, and count
+    except (OSError, StopIteration): return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class DeviceData:

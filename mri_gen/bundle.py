@@ -7,8 +7,8 @@ __all__ = ['PIP', 'FIRST', 'LIMITS', 'CHECK', 'BEGIN', 'WORDS', 'OWNER', 'MANIFE
            'needed', 'plain', 'bundle', 'kernel_metadata', 'tasks', 'write_bundle', 'pack', 'find_data', 'check_gpus',
            'begin_session', 'unless_paused', 'end_session']
 
-# %% ../nbs/32_bundle.ipynb #3f5215b0
-import ast, importlib.util, json, os, re, shutil, sys, tempfile, time
+# %% ../nbs/32_bundle.ipynb #2dda4b64
+import ast, json, os, re, shutil, sys, tempfile, time
 from pathlib import Path
 
 import torch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'GIB', 'PROGRAM', 'GRACE', 'Runs', 'is_runs', 'run_name', 'Run', 'no_texts', 'check_keys', 'plan', 'read_runs',
-           'record_of', 'state_of', 'about', 'check_folders', 'room', 'needed', 'container_left', 'free_memory',
+           'record_of', 'state_of', 'about', 'check_folders', 'room', 'needed', 'container_left', 'memory_left',
            'footprint', 'surroundings', 'tied', 'launch', 'why', 'conclude', 'figures_of', 'rows', 'results',
            'stop_run', 'line', 'work', 'sweep_runs', 'tell_failed']
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from pydantic import Field, field_validator
 
+from .batches import free_memory
 from .core import Checked, Skipped, UserError, locked, mix, pick_device, read_json, read_rows, root, whole, write_json, write_rows
 from .experiment import NOT_SETTINGS, notebook_of, notebook_parameters, parameters_of
 from .sweep import _hold, named, read_yaml, study_folder
@@ -202,10 +203,9 @@ def container_left(own="/proc/self/cgroup", base="/sys/fs/cgroup"):
     return min(left)
 
 
-def free_memory():
+def memory_left():
     "GiB that may still be used"
-    import psutil
-    return min(psutil.virtual_memory().available / GIB, container_left())
+    return min(free_memory("cpu") / GIB, container_left())
 
 
 def footprint(pid):
@@ -368,7 +368,7 @@ def work(study, runs, stop, end, say, env, program):
                 say(line(r, ended, record_of(r)))
             for r in [] if stopping else [*waiting]:
                 if len(active) >= study.jobs: break
-                if not room(need := needed(study, runs), [(a.now, a.peak) for a in active], study.memory, free_memory()):
+                if not room(need := needed(study, runs), [(a.now, a.peak) for a in active], study.memory, memory_left()):
                     if (key := round(need, 1)) not in told: told.add(key); say(f"memory: a run takes about {need:.1f} GiB; {len(active)} at a time fit")
                     break
                 r.slot = next(k for k in itertools.count() if k not in {a.slot for a in active})

@@ -33,18 +33,18 @@ def test_one_file_with_everything(slug):
     assert {k: (ROOT / k).read_text(encoding="utf-8") for k in files} == files and {f"mri_gen/{m}.py" for m in needed(slug)[0]} < set(files)
     assert not any(c.get("outputs") or c.get("execution_count") for c in cells) and sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
     assert not [l for c in cells if c["cell_type"] == "markdown" for l in re.findall(r"\]\((?!https?:)[^)]*\)", "".join(c["source"]))], "links to files that are not there"
-    assert all(files), "nothing is empty"
+    assert all(v.strip() for v in files.values()), "a module is empty"
 
 
 @pytest.fixture(scope="module")
 def kaggle(tmp_path_factory):
-    "A tree like Kaggle's, its data set (only the feature network: simulated heads need no data), and a settings folder of IPython of its own"
-    base = tmp_path_factory.mktemp("kaggle"); pack(None, base / "upload", ["features"]); (base / "elsewhere").mkdir()
+    "A folder for trees like Kaggle's, and a data set (only the feature network: simulated heads need no data)"
+    base = tmp_path_factory.mktemp("kaggle"); pack(None, base / "upload", ["features"])
     return base
 
 
 def session(base, slug, number, inputs, **params):
-    "Popen of one session: the notebook by papermill, from its working folder; inputs {mounted name: folder} are moved below a read-only-looking tree"
+    "Popen of one session: the notebook by papermill, from its working folder; inputs {name: folder} are mounted below input/, not to be written to"
     here = base / f"{slug}-{number}"; (here / "working").mkdir(parents=True)
     for k, (name, folder) in enumerate(inputs.items()):
         to = here / "input" / LAYOUTS[(k + number) % len(LAYOUTS)].format(name=name); to.parent.mkdir(parents=True, exist_ok=True); shutil.copytree(folder, to)

@@ -8,6 +8,7 @@ import mri_gen.sweep_runs as sweep_runs
 from mri_gen.cli import main
 from mri_gen.core import UserError
 from test_cli import notebook
+from test_sweep import until, wait
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = '''profile: str = "smoke"  # size
@@ -86,16 +87,6 @@ def process(file, **kw):
     except KeyboardInterrupt: code = 130
     except BaseException: import traceback; traceback.print_exc()
     finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
-
-
-def wait(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def until(condition, seconds=60):
-    t = time.time()
-    while not condition():
-        assert time.time() - t < seconds, "nothing happens"
-        time.sleep(.01)
 
 
 def killed_until_done(file, folder, patience, least, seed=0):
