@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .core import UserError, read_json
-from .figures import PALETTE, PLANES, centre, curves, fewer_colours, png_bytes, read_curves
+from .figures import PALETTE, PLANES, centre, curves, png_bytes, read_curves
 from .volumes import Volume, corners, robust_scale, volume_from
 
 # %% ../nbs/31_explore.ipynb #918333c5
@@ -180,9 +180,9 @@ class Explorer(widgets.VBox):
         return data
 
     def still(self):
-        "The picture as a small PNG: in a palette, and smaller where that saves bytes (large voxels pack well as they are)"
+        "The picture as a small PNG: in a palette (of an octree, which keeps the few pixels of a legend), and smaller where that saves bytes (large voxels pack well as they are)"
         im = Image.open(io.BytesIO(self.image.value)); tries = []
-        for wide in {im.width, min(im.width, 540)}: b = io.BytesIO(); fewer_colours(im.resize((wide, round(im.height * wide / im.width)), Image.Resampling.BOX), 80).save(b, "PNG", optimize=True); tries.append(b.getvalue())
+        for wide in {im.width, min(im.width, 540)}: b = io.BytesIO(); im.resize((wide, round(im.height * wide / im.width)), Image.Resampling.BOX).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(b, "PNG", optimize=True); tries.append(b.getvalue())
         return min(tries, key=len)
 
 
