@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'lr_factor', 'adamw', 'Job', 'Loop', 'Stop', 'Log', 'fit', 'task_module', 'train_task', 'report_end',
-           'main']
+           'main', 'leave']
 
 # %% ../nbs/13_train.ipynb #a93bd258
 import argparse, contextlib, copy, math, os, signal, sys, threading, time, warnings
@@ -443,6 +443,13 @@ def main(argv=None):
     return 0
 
 
+def leave(code):
+    "End this process. One of several skips Python's own teardown: a thread of gloo that still drops a tensor then would abort it (PyTorch issue 190489), after all is written"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: sys.exit(code)
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__" and "__file__" in globals():   # not in a notebook; and the module itself, not its copy named __main__
-    from mri_gen.train import main as module_main
-    sys.exit(module_main())
+    from mri_gen.train import leave, main as module_main
+    leave(module_main())

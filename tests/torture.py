@@ -243,4 +243,6 @@ def one(a):
     return 0
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    from mri_gen.train import leave
+    leave(main())
