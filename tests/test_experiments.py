@@ -74,6 +74,7 @@ def test_parameters_are_the_smoke_profile(nb):
 
 
 @every_experiment
+@pytest.mark.slow
 def test_a_misspelt_parameter_stops_the_run(nb, elsewhere):
     "papermill itself only warns, and runs with the defaults"
     out = elsewhere / f"{slug(nb)}-misspelt"

@@ -14,6 +14,8 @@ from mri_gen.core import RunFolder, UserError
 from mri_gen.datasets import SliceSet, save_slices
 from mri_gen.train import fit
 
+pytestmark = pytest.mark.slow   # together minutes: `make test`, not `make check`
+
 CFG = torture.config(steps=12, log_every=4, val_every=5, save_every=3)
 
 

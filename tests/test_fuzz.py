@@ -7,6 +7,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzz
 
+pytestmark = pytest.mark.slow   # together minutes: `make test`, not `make check`
+
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_each_input_is_read_or_refused_in_one_line(kind):

@@ -43,6 +43,7 @@ def test_available_channels_bit_for_bit(place, tmp_path, capsys, available):
     for c, m in enumerate(("T1", "T2", "PD")): assert (y[:, c].tobytes() == x[:, c].tobytes()) == (m in available.split(","))
 
 
+@pytest.mark.slow
 def test_volumes(place, tmp_path, capsys):
     "Any orientation: the result on the inputs' grid"
     x = np.load(place / "in.npy"); a = np.array([[0, 0, 3., -20], [-2.2, 0, 0, 90], [0, 2.2, 0, -80], [0, 0, 0, 1]])      # rows to the back, columns up, slices to the right
@@ -70,6 +71,7 @@ def test_one_line_for_each_mistake(place, tmp_path, capsys):
     assert not (tmp_path / "y.npy").exists()
 
 
+@pytest.mark.slow
 def test_evaluate(place, tmp_path, capsys):
     "The toy network, zeros; every cell in the records"
     code, out, err = call(capsys, "evaluate", "mmgan", "--data", place / "triples", "--weights", place / "runs/toy", "--out", tmp_path / "m.json", "--device", "cpu")
@@ -79,6 +81,7 @@ def test_evaluate(place, tmp_path, capsys):
     assert {r["method"] for r in got} >= {"unet", "zero"} and {r["cell"] for r in got} >= {"all", "T2,PD->T1", "T1->PD"} and {r["n_subjects"] for r in got} <= {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_a_paused_run_loses_nothing(place, tmp_path):
     "Interrupted after each step, the same bytes"
     from mri_gen.mmgan import Config, job, load_data

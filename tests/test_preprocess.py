@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow   # together minutes: `make test`, not `make check`
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("-p", "size=64", "-p", "pixel=4")
 

@@ -10,6 +10,8 @@ from mri_gen.core import UserError
 from test_cli import notebook
 from test_sweep import until, wait
 
+pytestmark = pytest.mark.slow   # together minutes: `make test`, not `make check`
+
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = '''profile: str = "smoke"  # size
 data: str = ""          # where slices are
