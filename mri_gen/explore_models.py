@@ -306,7 +306,7 @@ def restored(
     out = {"low": r.enlarge(y, shape, "nearest"), "cubic": r.enlarge(y, shape)}; say("regression"); out["regression"] = best = net.double(y, "regression")[0]
     path, kept = [], []
     if net.method == "diffusion":
-        sd = net.meta["sd"] * (net.cfg.widen if steps < 8 else 1.); z = net.schedule.variance**.5 * sample_noise(0, [0], 1, *shape, device=net.device)[0, 0]; path.append((best + sd * z, best))
+        sd = net.meta["sd"]; z = net.schedule.variance**.5 * sample_noise(0, [0], 1, *shape, device=net.device)[0, 0]; path.append((best + sd * z, best))
         for k in range(draws): say(f"draw {k + 1} of {draws}"); kept.append(net.double(y, "diffusion", steps, [k], each=(lambda i, x, x0: path.append((best + sd * x[0, 0], best + sd * x0[0, 0]))) if not k else None)[0])
         out |= {"diffusion": kept[0], "mean of draws": torch.stack(kept).mean(0)}
     if lose: out["truth"] = x

@@ -70,6 +70,7 @@ class Job:
     n: int                          # training samples
     validate: Callable = None       # (nets) -> {name: float}, with the averaged weights
     preview: Callable = None        # (nets) -> uint8 array (H, W), a picture of progress
+    finish: Callable = None         # (nets) -> {name: fact}, measured once on the trained networks and added to `meta`
     state: dict = field(default_factory=dict)  # name -> tensor the task changes in place (image pool, code counts), from whole batches (`Loop.gather`)
     meta: dict = field(default_factory=dict)   # facts kept in the header of the weights
     skipped: list = field(default_factory=list)  # files of the data that could not be read (`SliceSet.skipped`), listed in the run folder
@@ -183,7 +184,7 @@ class Loop:
         nets, _ = load_weights(path)
         if not nets.keys() & self.raw.keys(): raise UserError(f"start={weights}: holds {', '.join(nets)}, this training has {', '.join(self.raw)}; name weights of the same kind of network")
         for name, n in self.named().items():
-            if (k := name.removeprefix("ema.")) in nets: load_into(n, nets[k], path)
+            if (k := name.removeprefix("ema.")) in nets and any(p.requires_grad for p in self.raw[k].parameters()): load_into(n, nets[k], path)   # a frozen one is the task's own choice
 
     def restore(self, weights, state, path):
         "Inverse of `state`; `path` is where they come from"
@@ -287,7 +288,7 @@ def fit(
             info = {"step": step, "seconds": round(time.monotonic() - t0, 1), "precision": loop.precision}
             state = "DONE" if step >= cfg.steps else "PAUSED"
             if main:
-                if state == "DONE": save_weights(run / "weights.safetensors", {k: n.state_dict() for k, n in loop.ema.items()}, {**loop.job.meta, "config": cfg.model_dump(mode="json"), "step": step})
+                if state == "DONE": save_weights(run / "weights.safetensors", {k: n.state_dict() for k, n in loop.ema.items()}, {**loop.job.meta, **(loop.job.finish(loop.ema) if loop.job.finish else {}), "config": cfg.model_dump(mode="json"), "step": step})
                 run.mark(state, **info)
                 if state == "PAUSED" and not quiet: print(f"paused at step {step}/{cfg.steps}; the same command goes on from here", flush=True)
             stop.leave()
