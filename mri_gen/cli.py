@@ -308,7 +308,8 @@ def report(
     from mri_gen.core import root
     from mri_gen.report import report as go
     if not runs and root(): runs = sorted(p.parent for p in (root() / "artifacts/runs").glob("*/*/metrics.csv"))
-    say(f"{go(out, runs or (), force)}: open it in a browser")
+    page = go(out, runs or (), force)
+    say(f"{page}: {page.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 # %% ../nbs/39_cli.ipynb #18928a5a
 @predict.command("inpaint")

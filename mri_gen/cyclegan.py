@@ -407,6 +407,7 @@ def slim(nets, meta):
 CARD = dict(
     title="Translation between T1 and T2, learned without pairs",
     region="whole",
+    note="`lookup`, `trees` and `paired` learned from pairs, the others from none.",
     use="Turns axial head slices from T1 to T2 or back; arrays of 224x224 pixels of 0.94 mm with the anterior side to the right, or volumes, which are cut into such slices. Intensities per volume in [0,1]. `png`: slices of the original project's set, one head, 181 wide and 217 high.",
     source="ixi",
     data="IXI (brain-development.org), CC BY-SA 3.0: three axial slices (skull base, middle, vertex) of each person, scaled per volume by minimum and maximum. T1 of one half of the training subjects, T2 of the other; both of nobody. Subjects by data/splits.csv; `val` subjects were never trained on or chosen by. `png`: the original project's PNG slices, no licence stated, no picture of them is shown.",

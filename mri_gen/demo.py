@@ -273,7 +273,7 @@ def tour(
     completed, more = demo_impute(out, prepared, runs[2], device); coded, last = demo_codes(out, *runs[3:-2], device)
     for line in lines + more + last + demo_translate(out, contrasts, runs[-2], device) + demo_upscale(out, runs[-1], device): say("  " + line)
     say("5/5 writing the page")
-    page = report(out / "report.html", [folder, completed, coded, *(r.path for r in runs)], force=True, title="Demo of mri_gen")
+    page = report(out / "report.html", [folder, completed, coded, *(r.path for r in runs)], force=True, title="Demo of mri_gen", runs_first=True)
     say(f"done in {time.monotonic() - t:.0f} s. In {out}:")
     for name, what in (("report.html", "open this in a browser"), ("test_set.npy", "corrupted slices"), ("test_set_mask.npy", "which pixels are known"), ("test_set_nogaps.npy", "the same slices, restored"), ("test_set_truth.npy", "the truth"), ("simulated_test/", "the subjects they come from"), ("simulated_raw/", "raw scans, the head moving between them"), ("prepared/", "the same registered, N4; look at qc.html"), ("completed/T1.nii.gz", "a T1 made from T2 and PD"), ("codes.npz", "axial slices as codes: mri_gen decode vqvae"), ("drawn.npy", "axial slices drawn by a prior over codes"), ("large.nii.gz", "a head of twice the resolution of small.nii.gz")): say(f"  {name:22s}{what}")
     say(f"  try: mri_gen predict inpaint {out / 'test_set.npy'} --mask {out / 'test_set_mask.npy'} --method biharmonic --out mine.npy")

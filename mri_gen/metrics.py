@@ -173,6 +173,8 @@ def load_metrics(path):
     got = read_json(path)
     if not isinstance(got, list) or any(not isinstance(r, dict) or set(r) != set(FIELDS) for r in got):
         raise UserError(f"{path}: not a list of records with the fields {', '.join(FIELDS)}; write it with save_metrics")
+    right = lambda r: all(isinstance(r[k], str) for k in KEYS) and all(r[k] is None or type(r[k]) in (int, float) and np.isfinite(r[k]) for k in ("mean", "lo", "hi")) and all(type(r[k]) is int for k in ("n_subjects", "n_images"))
+    if odd := [i for i, r in enumerate(got) if not right(r)]: raise UserError(f"{path}: record {odd[0]} (from 0) holds a text where a number belongs, or the other way round; write it with save_metrics")
     return got
 
 # %% ../nbs/02_metrics.ipynb #484dd6eb

@@ -93,7 +93,7 @@ def test_evaluation_draws(place, tmp_path, monkeypatch):
     assert set(vqvae.slim(nets, meta)[0]) == {"prior", "autoencoder"}
     records = report.save_evaluation(tmp_path / "e", e, vqvae, "vqvae")
     assert {"samples.png", "usage-vqvae.png", "reconstructions.png"} <= {p.name for p in (tmp_path / "e/figures").iterdir()}
-    assert any("classifier is right" in v for v in report.verdicts(records, e.comparisons, "vqvae")) and "right position" in report.results(tmp_path / "e", records, e.comparisons, "vqvae")
+    assert any("classifier is right" in v for v in report.verdicts(records, e.comparisons, "vqvae")) and "right position" in str(report.results(tmp_path / "e", records, e.comparisons, "vqvae"))
 
 
 def test_bad_input(wrong, place, tmp_path):
