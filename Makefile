@@ -23,7 +23,7 @@ PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m pytest -q --timeout=900 -n $
 # "hash size name" of everything that is generated, or cleaned
 GENERATED = find . -name .venv -prune -o -type f \( -path './mri_gen/*.py' -o -path './nbs/*.ipynb' -o -path './kaggle/*' -o -path ./README.md \) -not -path '*/.*/*' -print0 | xargs -0 cksum | sort
 
-.PHONY: help install demo test check lab prepare readme generated reference fresh constraints clean
+.PHONY: help install demo test check lab prepare readme generated reference pictures fresh constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -54,8 +54,9 @@ check: generated  ## the quick subset, under 3 minutes: generated files, noteboo
 	$(call NBTEST,150) --file_re '^0[0-6]_'
 	$(PYTEST) -m "not slow" tests
 
+# .jupyter: the start notebook; nothing is asked of the internet. Jupyter does not start as root unless told to; in a container there is nobody else.
 lab: $(STAMP)  ## JupyterLab on the start notebook: ten minutes with everything
-	@.venv/bin/jupyter lab $(ARGS) nbs/31_start.ipynb
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" .venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 prepare: $(STAMP)  ## after editing a notebook: clean it, export the modules, rebuild the Kaggle notebooks and the README
 	@.venv/bin/nbdev_clean
@@ -85,6 +86,9 @@ generated: $(STAMP)
 reference: $(STAMP)  ## renew tests/reference/*.json ON PURPOSE, after a change that is meant to move a result
 	$(PYTEST) tests/test_experiments.py --renew
 	@git --no-pager diff --stat -- tests/reference || true
+
+pictures: $(STAMP)  ## the explorers' screenshots, nbs/images/explore_*.webp, anew (needs Chromium)
+	$(PYTEST) tests/test_browser.py --renew -s
 
 fresh: ## the promise of the README: a fresh clone, both commands twice, the tree clean; writes artifacts/timings.json
 	@.ci/fresh

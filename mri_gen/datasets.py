@@ -125,10 +125,11 @@ def read_array(path):
         _check_start(b)
         x = np.lib.format.open_memmap(path, "r")
     except FileNotFoundError: raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError: raise UserError(f"{path}: a folder; here one .npy file is read: images of one size, stacked as (N,H,W), by numpy.save") from None
     except UserError: raise
     except Exception as e:   # numpy reads the header as Python: whatever is wrong with it
         why = "no .npy file, or one with Python objects (pickle), which are never loaded" if re.search("pickle|Python objects|no .npy file", str(e)) else f"not readable as .npy ({' '.join(str(e).split())[:200]})"
-        raise UserError(f"{path}: {why}; save a plain numeric array with numpy.save") from None
+        raise UserError(f"{path}: {why}; save a plain numeric array with numpy.save (PNGs: stacked as (N,H,W))") from None
     return x
 
 

@@ -309,7 +309,8 @@ def curves(
         ax = fig.add_subplot(rows, cols, k + 1)
         for run, data in runs.items():
             for c in (c for c in members if c in data): ax.plot(*data[c], label=" ".join(x for x in (run, c) if x), marker="." if len(data[c][0]) < 12 else "", ms=3)
-        name, unit = METRICS.get(g, (g, ""))[:2]; ax.set_title(name + (f" [{unit}]" if unit else ""), loc="left"); ax.grid(alpha=.25, lw=.4); ax.locator_params(axis="x", nbins=4)
+        metric, _, region = (g, "", "") if g in METRICS else g.rpartition("_"); name, unit = METRICS.get(metric, (g, ""))[:2]      # psnr_all: PSNR, all [dB]
+        ax.set_title(name + (f", {region}" if region and name != g else "") + (f" [{unit}]" if unit else ""), loc="left"); ax.grid(alpha=.25, lw=.4); ax.locator_params(axis="x", nbins=4)
         if log and "loss" in g:
             ax.set_yscale("log", subs=[]); ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter("{x:g}")
         if len(ax.lines) > 1: ax.legend()

@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'lr_factor', 'adamw', 'Job', 'Loop', 'Stop', 'Log', 'f
            'main', 'leave']
 
 # %% ../nbs/13_train.ipynb #a93bd258
-import argparse, contextlib, copy, math, os, signal, sys, threading, time, warnings
+import argparse, contextlib, copy, difflib, math, os, pkgutil, signal, sys, threading, time, warnings
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -379,7 +379,9 @@ def task_module(slug):
     except ModuleNotFoundError as e:
         if e.name != f"mri_gen.{slug}": raise
         m = None
-    if not hasattr(m, "Config"): raise UserError(f"{slug!r} is no task of this version; see the map of notebooks in README.md")
+    if not hasattr(m, "Config"):
+        near = [n for n in difflib.get_close_matches(str(slug), [m.name for m in pkgutil.iter_modules(import_module("mri_gen").__path__)]) if hasattr(import_module(f"mri_gen.{n}"), "Config")]
+        raise UserError(f"{slug!r} is no task of this version" + (f"; did you mean {near[0]!r}?" if near else "; see the map of notebooks in README.md"))
     return m
 
 

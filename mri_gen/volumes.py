@@ -327,4 +327,4 @@ def check_same_grid(
         if d > tol_mm:
             far = f", {d:.1f} mm apart at the corners" if np.isfinite(d) else ""
             raise UserError(f"{b.path or n}: {n} lies on another grid ({grid_name(b)}) than {n0} ({grid_name(a)}, {Path(a.path).name or 'array'}){far}; "
-                            "resample them onto one grid first, e.g. with SimpleITK.Resample(moving, fixed)")
+                            "register them first (mri_gen preprocess), or only resample, e.g. with SimpleITK.Resample(moving, fixed)")

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--renew", action="store_true", help="write tests/reference/*.json anew instead of comparing with them (make reference)")
+    parser.addoption("--renew", action="store_true", help="write tests/reference/*.json anew instead of comparing with them (make reference); of test_browser.py: the screenshots of the explorers (make pictures)")
 
 
 def pytest_configure(config):
