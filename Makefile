@@ -23,7 +23,7 @@ PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m pytest -q --timeout=900 -n $
 # "hash size name" of everything that is generated, or cleaned
 GENERATED = find . -name .venv -prune -o -type f \( -path './mri_gen/*.py' -o -path './nbs/*.ipynb' -o -path './kaggle/*' -o -path ./README.md \) -not -path '*/.*/*' -print0 | xargs -0 cksum | sort
 
-.PHONY: help install demo test check lab prepare readme generated reference pictures fresh constraints clean
+.PHONY: help install demo test check lab docs prepare readme generated reference pictures fresh constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,7 +39,7 @@ $(STAMP):
 	@$(PY) -m pip install -qq -c constraints.txt setuptools wheel
 	@# torch first and alone: nothing that comes later may choose another build of it
 	@$(PY) -m pip install -qq $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
-	@$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev,cluster]'
+	@$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev,cluster,docs]'
 	@touch $@
 
 demo: $(STAMP)  ## the whole tour on simulated subjects: look at the report page it names
@@ -57,6 +57,9 @@ check: generated  ## the quick subset, under 3 minutes: generated files, noteboo
 # .jupyter: the start notebook; nothing is asked of the internet. Jupyter does not start as root unless told to; in a container there is nobody else.
 lab: $(STAMP)  ## JupyterLab on the start notebook: ten minutes with everything
 	@JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" .venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+docs: $(STAMP)  ## the documentation site: _docs/site/index.html, every link tried
+	@$(PY) -m mri_gen.docs_site
 
 prepare: $(STAMP)  ## after editing a notebook: clean it, export the modules, rebuild the Kaggle notebooks and the README
 	@.venv/bin/nbdev_clean

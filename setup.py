@@ -23,6 +23,6 @@ setup(
     # only the library: `kaggle`, `data` and `artifacts` lie beside it and must never be installed
     packages=[cfg["lib_path"]],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "cluster": cfg["cluster_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "cluster": cfg["cluster_requirements"].split(), "docs": cfg["docs_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

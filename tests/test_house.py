@@ -171,5 +171,5 @@ def test_constraints_cover_the_requirements():
     plain = lambda s: re.split(r"[<>=!~\[]", s)[0].lower().replace("_", "-")
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.!]+", line)] == [], "exact versions only: no paths, no addresses, no local builds"
-    wanted = {plain(r) for key in ("requirements", "cluster_requirements", "dev_requirements") for r in cfg["DEFAULT"][key].split()}
+    wanted = {plain(r) for key in ("requirements", "cluster_requirements", "docs_requirements", "dev_requirements") for r in cfg["DEFAULT"][key].split()}
     assert wanted - {plain(line) for line in lines} == set()
