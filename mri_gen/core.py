@@ -365,11 +365,14 @@ class RunFolder:
         try: yield self
         finally: f.close()
 
+    def check(self, cfg: Settings):
+        "`UserError` that names the fields where the folder holds another config"
+        diff = cfg.differs(read_json(self.path / "config.json", dict)) if (self.path / "config.json").exists() else []
+        if diff: raise UserError(f"{self.path}: holds a run with another config (differs: {', '.join(diff)}); choose another --out or delete it")
+
     def start(self, cfg: Settings, env: dict):
-        "Record config and environment; a folder that holds another config is an error that names the fields"
-        if (self.path / "config.json").exists():
-            diff = cfg.differs(read_json(self.path / "config.json", dict))
-            if diff: raise UserError(f"{self.path}: holds a run with another config (differs: {', '.join(diff)}); choose another --out or delete it")
-        else: write_json(self.path / "config.json", cfg.model_dump(mode="json"))
+        "Record config and environment, unless `check` fails: from now on the folder is this run's"
+        self.check(cfg)
+        if not (self.path / "config.json").exists(): write_json(self.path / "config.json", cfg.model_dump(mode="json"))
         write_json(self.path / "env.json", env)
         return self

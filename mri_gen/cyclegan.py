@@ -200,7 +200,7 @@ def job(
     opts = {k: adamw(v, cfg) for k, v in opts.items()}
     for g in opts["critics"].param_groups if "critics" in opts else (): g["lr"] *= cfg.d_lr
     state = {} if cfg.method == "paired" else {k: v for m in CONTRASTS for k, v in pools[m].state(m).items()}
-    return Job(nets, opts, step, len(sides), lambda nets: checks(nets, some, dev is not None, cfg.share), preview, state, {"task": "cyclegan", "method": cfg.method, "kinds": len(sides.names), "turned": data.table[0].get("turned") == "yes", "trained_on": fingerprint(data)}, data.skipped)
+    return Job(nets, opts, step, len(sides), lambda nets: checks(nets, some, dev is not None, cfg.share), preview, state=state, meta={"task": "cyclegan", "method": cfg.method, "kinds": len(sides.names), "turned": data.table[0].get("turned") == "yes", "trained_on": fingerprint(data)}, skipped=data.skipped)
 
 # %% ../nbs/24_cyclegan.ipynb #56b164bc
 class Converter:

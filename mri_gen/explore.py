@@ -344,6 +344,7 @@ def run_state(
     "{state, step, steps, seconds, curves (modification time), pictures}; `UserError` where it is no run"
     run = Path(run)
     if not run.is_dir(): raise UserError(f"{run}: no such folder; pass the folder of a run")
+    if (run / "weights.json").is_file(): raise UserError(f"{run}: published weights, no run; pass the folder that training named")
     if not (run / "config.json").is_file(): raise UserError(f"{run}: no run (it has no config.json); pass the folder that training named")
     file = run / "metrics.csv"; s = file.stat() if file.is_file() else None
     try: c = read_curves(file) if s else {}

@@ -181,6 +181,7 @@ def training_slices(
     "Training and dev slices; made once and kept in data/prepared/, since cutting thousands of slices takes minutes"
     src = sources(data)
     if "array" in src: return with_splits(load_slices(src["array"]))
+    if data is not None and axial is None and "volumes" not in src: raise UserError(f"{data}: a folder of slices; here head volumes, or one .npy array of 64x64 images, are needed")
     files = sorted(f for v in src.values() for f in Path(v).resolve().rglob("*.*") if f.is_file())
     made_by = [Path(find_spec(f"mri_gen.{m}").origin).read_text() for m in MADE_BY] + load_splits()
     key = mix("slices", pattern or "", sagittal, axial, simulated, *sorted(cut.items()), *made_by, *((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))

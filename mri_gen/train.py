@@ -274,11 +274,12 @@ def fit(
         found = None if done else load_checkpoint(run / "checkpoint", device)
         if found: _check_state(found[2], run)
         if threads or found: torch.set_num_threads(threads or found[2]["threads"])
-        if main: run.start(cfg, read_json(run / "env.json", dict) if done else environment(device))
+        if main: run.check(cfg)
         if done: return {"step": cfg.steps, **read_json(run / "DONE", dict), "state": "DONE"}
         seed_everything(cfg.seed, "init")                            # initial weights
         loop = Loop(job() if callable(job) else job, cfg, device)
         if cfg.start and not found: loop.begin(cfg.start)
+        if main: run.start(cfg, environment(device))                 # only now: a run whose data could not be read claims no folder
         step, sums, count = _restore(loop, found, run) if found else (0, {}, 0)
         log = Log(run, cfg, step, quiet or not main)
         if main: run.mark(None); write_skipped(run.path, loop.job.skipped)
@@ -403,14 +404,16 @@ def train_task(
     run = RunFolder(base / (name or f"{profile}-s{cfg.seed}"))
     source = {"data": str(Path(data).resolve()) if data else None, "pattern": pattern}
     first = not dist.is_initialized() or dist.get_rank() == 0            # one process writes, or they take each other's file away
-    if first and not (run / "data.json").exists(): write_json(run / "data.json", source)
-    elif first and source != (old := read_json(run / "data.json", dict)): raise UserError(f"{run.path}: begun with --data {str(old.get('data'))[:200]}, now --data {source['data']}; pass the same (and the same --pattern) or choose another --name")
+    old = read_json(run / "data.json", dict) if first and run.state != "new" and (run / "data.json").exists() else source
+    said = lambda d: ", ".join(f"--{k} {str(d[k])[:200]}" if d.get(k) else f"no --{k}" for k in source if old.get(k) != source[k])
+    if said(old): raise UserError(f"{run.path}: begun with {said(old)}, now {said(source)}; pass the same or choose another --name")
 
     def job():
         if not first: _any(False)                        # rank 0 prepares the data, the others then find them
         slices = task.load_data(cfg, data, pattern)
         if first and dist.is_initialized(): _any(False)
         made = task.job(cfg, slices, pick_device(kw.get("device") or "auto"))
+        if first: write_json(run / "data.json", source)
         made.meta["source"], made.skipped = source_id(data), made.skipped or getattr(slices, "skipped", [])
         return made
 

@@ -230,7 +230,7 @@ class Sides:
         matched=True,  # partners of the same kind, see `kinds_of`
         device="cpu",
     ):
-        if missing := [m for m in CONTRASTS if m not in set(data.column("modality").tolist())]: raise UserError(f"no {missing[0]} slices to train on; both contrasts are needed, of whomever")
+        if missing := [m for m in CONTRASTS if m not in set(data.column("modality").tolist())]: raise UserError(f"no {missing[0]} slices to train on; pass T1 and T2 of at least two people, one for each contrast, or folders T1/ and T2/ of PNGs")
         both = pairs(data) if paired else None
         if paired and both is None: raise UserError("method=paired: nobody has both contrasts; use --profile full")
         kinds, self.names = kinds_of(data) if matched and not paired else (np.zeros(len(data), int), ["all"])

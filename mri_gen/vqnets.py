@@ -106,7 +106,7 @@ def checks(net, some):
 def sixteen(net, some):
     "The same sixteen dev slices after each validation, originals above reconstructions, as one (H,W) uint8 picture"
     x = some.batch(np.linspace(0, len(some) - 1, min(16, len(some))).astype(int)); y = torch.cat([net(v)[0] for v in x.split(4)])
-    n = max(1, len(x) // 2); rows = [v for k in range(0, len(x) - len(x) % 2, n) for v in (x[k:k + n], y[k:k + n])]
+    n = max(1, len(x) // 2); rows = [v for k in range(0, max(1, len(x) - len(x) % 2), n) for v in (x[k:k + n], y[k:k + n])]
     return (F.avg_pool2d(torch.cat([torch.cat(list(v[:, 0]), 1) for v in rows])[None], 2, ceil_mode=True)[0].clamp(0, 1) * 255).byte().cpu().numpy()
 
 

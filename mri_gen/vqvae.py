@@ -160,7 +160,7 @@ def job(
 
     cells = [-(-n // net.cell) for n in size]
     meta = {"task": "vqvae", "method": name, "grid": cells, "rate": bits_per_pixel((q.levels * cells[0], cells[1]), q.codes, size), "trained_on": fingerprint(data)}
-    return Job(nets, {name: adamw(net, cfg)}, step, len(train), lambda nets: checks(nets[name], some), lambda nets: sixteen(nets[name], some), state, meta, data.skipped)
+    return Job(nets, {name: adamw(net, cfg)}, step, len(train), lambda nets: checks(nets[name], some), lambda nets: sixteen(nets[name], some), state=state, meta=meta, skipped=data.skipped)
 
 # %% ../nbs/23_vqvae.ipynb #bc8b0a5a
 def prior_job(cfg, data, device):

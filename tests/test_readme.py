@@ -61,3 +61,12 @@ def test_python_of_the_readme():
                 thing = getattr(module, a.name)
                 for call in (c for c in ast.walk(ast.parse(code)) if isinstance(c, ast.Call) and getattr(c.func, "id", "") == (a.asname or a.name)):
                     inspect.signature(thing).bind(*call.args, **{k.arg: k.value for k in call.keywords})
+
+
+def test_slices_of_the_readme_are_taken(tmp_path, monkeypatch):
+    import nibabel as nib, numpy as np
+    from mri_gen.datasets import check_array
+    from mri_gen.phantom import simulate_subject
+    code, = (c for c in fences((ROOT / "README.md").read_text(encoding="utf-8"), "python") if "extract_slices" in c)
+    monkeypatch.chdir(tmp_path); nib.save(nib.Nifti1Image(*simulate_subject(1, 0, 4.)["images"]["T1"]), "T1.nii.gz"); exec(code, {})
+    x = check_array("slices.npy"); assert x.shape[1:] == (1, 64, 64) and x.max() == 1 and .05 < x.mean() < .6

@@ -150,3 +150,14 @@ def test_resume(place, tmp_path):
     fit(make, cfg, tmp_path / "b", "cpu", quiet=True); fit(make, cfg, tmp_path / "a", "cpu", threads=1, quiet=True)
     assert (tmp_path / "a/weights.safetensors").read_bytes() == (tmp_path / "b/weights.safetensors").read_bytes()
     last = [[r[k] for k in ("epoch_perplexity", "epoch_active", "moved")] for r in (read_rows(tmp_path / n / "metrics.csv")[-1] for n in "ab")]; assert last[0] == last[1] and float(last[0][0]) > 1
+
+
+def test_four_pngs_train(call, wrong, tmp_path):
+    from PIL import Image
+    (tmp_path / "png").mkdir()
+    for i, x in enumerate(drawn(4)): Image.fromarray(np.round(x * 255).astype(np.uint8)).save(tmp_path / f"png/{'abcd'[i]}.png")
+    go = ("train", "vqvae", "-p", "chs=[8,8]", "-p", "codes=16", "--data", tmp_path / "png", "--out", tmp_path, "--device", "cpu")
+    code, out, err = call(*go, "-p", "steps=2"); assert (code, "DONE step=2" in out) == (0, True), err
+    for n in "cd": (tmp_path / f"png/{n}.png").unlink()
+    wrong(*go, "-p", "steps=3", "--name", "few", says=["no split=dev", "at least three people"])
+    assert not (tmp_path / "few/config.json").exists() and not (tmp_path / "few/data.json").exists()
