@@ -26,8 +26,10 @@ class Server:
         with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
         token = os.urandom(16).hex(); self.url = f"http://127.0.0.1:{port}"; self.token = token
         options = f"--ServerApp.open_browser=False --ServerApp.ip=127.0.0.1 --ServerApp.port={port} --ServerApp.port_retries=0 --IdentityProvider.token={token} --MappingKernelManager.cull_idle_timeout=600 --MappingKernelManager.cull_connected=True --ServerApp.shutdown_no_activity_timeout=900"
-        command = subprocess.run(["make", "-n", "lab", f"ARGS={options}"], cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        assert ".venv/bin/jupyter lab" in command, command
+        env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}      # a make under `make test` would add its own words
+        said = subprocess.run(["make", "-n", "lab", f"ARGS={options}"], cwd=folder, capture_output=True, text=True, check=True, env=env).stdout
+        command = next((l for l in said.splitlines() if ".venv/bin/jupyter lab" in l), None)
+        assert command, said
         own = {f"JUPYTER{k}": str(folder / k.strip("_").lower()) for k in ("_CONFIG_DIR", "_DATA_DIR", "_RUNTIME_DIR", "LAB_SETTINGS_DIR", "LAB_WORKSPACES_DIR")}
         nowhere = {k: "http://127.0.0.1:9" for k in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")} | {k: "127.0.0.1,localhost" for k in ("no_proxy", "NO_PROXY")}      # what Python would ask of the internet fails
         env = os.environ | own | nowhere | {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT), "MRI_GEN_ROOT": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
