@@ -172,7 +172,8 @@ class Tags(HTMLParser):
 
 
 def problems(
-    site,  # folder of HTML pages
+    site,      # folder of HTML pages
+    base="/",  # path at which it will be served
 ):
     "[\"page: what is wrong\"] of a built site: dead links and anchors, and whatever a browser would fetch from elsewhere"
     site = Path(site).resolve(); pages = {p: p.read_text(encoding="utf-8") for p in sorted(site.rglob("*.html"))}
@@ -188,7 +189,7 @@ def problems(
                     if tag != "a" and a.get("rel") != "canonical": say(f"<{tag}> loads {url}")
                     continue
                 path, _, anchor = urllib.parse.unquote(url).partition("#"); path = path.split("?")[0]
-                target = page if not path else Path(os.path.normpath(site / path[1:] if path.startswith("/") else page.parent / path))
+                target = page if not path else Path(os.path.normpath(site / path.removeprefix(base) if path.startswith(base) else page.parent / path))
                 if target.is_dir(): target = target / "index.html"
                 if not exists(target): say(f"{url}: no such file")
                 elif anchor not in anchors.get(target, anchor): say(f"{url}: no such place on that page")
@@ -207,7 +208,7 @@ def build(
     write_pages(out / "pages")
     config = yaml.safe_load((root() / "docs/mkdocs.yml").read_text(encoding="utf-8")); known = navigation()
     config["nav"] = [{title: [e for x in entries for e in (known[x] if isinstance(x, str) and x in known else [{k: known.get(v, v) if isinstance(v, str) else v for k, v in x.items()}] if isinstance(x, dict) else [x])]} for section in config["nav"] for title, entries in section.items()]
-    config |= {"docs_dir": "pages", "site_dir": "site", "hooks": [str(root() / "docs/hooks.py")]}
+    config |= {"docs_dir": "pages", "site_dir": "site", "hooks": [str(root() / "docs/hooks.py")]} | ({"site_url": os.environ["SITE_URL"]} if os.environ.get("SITE_URL") else {})   # only a page that stands for any missing one needs to know where the site lies
     (out / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     r = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(out / "mkdocs.yml")], capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     wrong = [line for line in r.stderr.splitlines() if not line.startswith("INFO")]      # --quiet would not count warnings
@@ -219,7 +220,7 @@ def main():
     "`python -m mri_gen.docs_site`: build, then try every link"
     try: site = build()
     except UserError as e: print(e, file=sys.stderr); return 1
-    wrong = problems(site)
+    wrong = problems(site, urllib.parse.urlsplit(os.environ.get("SITE_URL", "")).path or "/")
     for w in wrong: print(w, file=sys.stderr)
     print(f"{site.relative_to(Path.cwd()) if site.is_relative_to(Path.cwd()) else site}/index.html: {len(list(site.rglob('*.html')))} pages, {len(wrong)} dead links")
     return int(bool(wrong))

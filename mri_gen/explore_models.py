@@ -318,7 +318,6 @@ def restored(
     "({name: (X,Y,Z)} in units of `robust_scale`, what the sampler holds and what it would answer after each step, standard deviation, spacing)"
     from mri_gen.diffusion import sample_noise
     from mri_gen.heads import prepare
-    from mri_gen.upscale import by_band
     from mri_gen.volumes import robust_scale
     net = shipped("sr3d", "Upscaler", weights, device); r = net.r; most = side if lose else side // 2
     cut = tuple(slice((n - min(n, most)) // 2, (n - min(n, most)) // 2 + min(n, most)) for n in v.shape)
@@ -328,9 +327,8 @@ def restored(
     out = {"low": r.enlarge(y, shape, "nearest"), "cubic": r.enlarge(y, shape)}; say("regression"); out["regression"] = best = net.double(y, "regression")[0]
     path, kept = [], []
     if net.method == "diffusion":
-        sd, gains = net.meta["sd"], net.gains_for(steps); shaped = lambda d: d if gains is None else r.project(by_band(d, gains), torch.zeros_like(r.down(d)))      # as `draw` does at the end
-        z = net.schedule.variance**.5 * sample_noise(0, [0], 1, *shape, device=net.device)[0, 0]; path.append((best + sd * z, best))
-        for k in range(draws): say(f"draw {k + 1} of {draws}"); kept.append(net.double(y, "diffusion", steps, [k], each=(lambda i, x, x0: path.append((best + sd * (shaped(x) if i == steps else x)[0, 0], best + sd * shaped(x0)[0, 0]))) if not k else None)[0])
+        sd = net.meta["sd"]; z = net.schedule.variance**.5 * sample_noise(0, [0], 1, *shape, device=net.device)[0, 0]; path.append((best + sd * z, best))
+        for k in range(draws): say(f"draw {k + 1} of {draws}"); kept.append(net.double(y, "diffusion", steps, [k], each=(lambda i, x, x0: path.append((best + sd * x[0, 0], best + sd * x0[0, 0]))) if not k else None)[0])
         out |= {"diffusion": kept[0], "mean of draws": torch.stack(kept).mean(0)}
     if lose: out["truth"] = x
     half = lambda v: v.half().cpu().numpy()

@@ -26,7 +26,7 @@ from .heads import Pieces, VolumeSet, fingerprint, load_heads, prepare
 from .resolution import KINDS, Resolution
 from .reversible import VolumeNet
 from .train import Job, TrainConfig, adamw, source_id
-from .upscale import BANDS, RULES, SIZE, Polyphase, agree, beside, by_rule, contrast, draw, fast, in_pieces, match, mean_of, told
+from .upscale import BANDS, KNOTS, RULES, SIZE, Polyphase, agree, beside, by_rule, calm, contrast, draw, fast, in_pieces, match, mean_of, told
 
 # %% ../nbs/25_sr3d.ipynb #d9eef847
 _OURS = dict(batch_size=4, lr=2e-3, lr_end=.02, warmup=100, weight_decay=0., ema=.998, log_every=50, val_every=250, save_every=125)
@@ -167,13 +167,17 @@ def diffusion_job(cfg, r, pieces, heads, meta, base, skipped):
 
     def drawn(nets, x, u, steps=8): return draw(nets["net"], base, s, sd, u, r.down(x), r, told(1, device=x.device), steps, [0])
     def finish(nets):
-        "What draws of fewer steps lack of those of MANY: `gains`"
+        "What draws of fewer steps lack of those of MANY, by frequency, and of the truth, by brightness: `gains`, `factors`"
         if s.steps != 1000: return {}                                             # FEW is for 1000
         got = {k: [] for k in (*COUNTS, MANY)}
         for x, u in (middle(x[0, 0], u[0, 0], 64) for x, u in heads):
             with fast(x.device): m = mean_of(base, u, told(1, device=x.device), r.down(x), r)
             for k in got: got[k].append(draw(nets["net"], base, s, sd, u, r.down(x), r, told(1, device=x.device), k, [0], mean=m) - m)
-        return {"gains": {str(k): match(got[k], got[MANY], lambda d: r.project(d, torch.zeros_like(r.down(d)))) for k in COUNTS}}
+        empty = lambda d: r.project(d, torch.zeros_like(r.down(d))); gains = {str(k): match(got[k], got[MANY], empty) for k in COUNTS}; left, got, means = [], [], []
+        for x, u in heads:                                                        # whole ones: most of the air is around the middle
+            with fast(x.device): m = mean_of(base, u, told(1, device=x.device), r.down(x), r)
+            left.append(x - m); means.append(m); got.append(draw(nets["net"], base, s, sd, u, r.down(x), r, told(1, device=x.device), 4, [0], mean=m, gains=gains["4"]) - m)
+        return {"gains": gains, "factors": calm(got, left, means, empty)}
     def validate(nets):
         from mri_gen.measure import image_metrics
         x, u = heads[0]; y = drawn(nets, x, u); whole = image_metrics(y[:, 0].clamp(0, 1).cpu(), x[:, 0].clamp(0, 1).cpu(), dims=3); f = 0.
@@ -208,7 +212,7 @@ class Upscaler:
             if identity(nets["base"]) != self.meta.get("base"): raise UserError(f"{path}: was trained on top of another regression than {beside}; use the version that wrote it, or train anew")
         load_into(base, nets["base"], path); self.net, self.base = put(net), put(base)
         self.schedule = make_schedule(self.cfg.schedule, self.cfg.timesteps, self.cfg.variance)
-        with building(path, nets): self.gains = {int(k): torch.tensor(v, dtype=torch.float32).reshape(BANDS).clamp(0, 10) for k, v in self.meta.get("gains", {}).items()}
+        with building(path, nets): self.gains = {int(k): torch.tensor(v, dtype=torch.float32).reshape(BANDS).clamp(0, 10) for k, v in self.meta.get("gains", {}).items()}; self.factors = self.meta.get("factors") and torch.tensor(self.meta["factors"], dtype=torch.float32).reshape(len(KNOTS)).clamp(0, 10).tolist()
 
     def gains_for(self, steps):
         "Those of the next fewer steps that were tried; None from MANY on, and for one step"
@@ -239,7 +243,7 @@ class Upscaler:
         m = best = mean(u, y); n = 1 + len(self.mirrors)
         for i, a in enumerate(self.mirrors if mirror else ()): beat(f"mean {i + 1}/{n}"); best = best + (mean(u.flip(a), y.flip(a)).flip(a) - m) / n
         if method == "regression": return best[:, 0]
-        return draw(self.net, self.base, self.schedule, self.meta["sd"], u, y, self.r, about, steps, which, seed, sampler, spacing, eta, consistent, run, m, self.gains_for(steps) if (sampler, spacing) == ("dpm", None) else None, each, done)[:, 0] + (best - m)[:, 0]
+        return draw(self.net, self.base, self.schedule, self.meta["sd"], u, y, self.r, about, steps, which, seed, sampler, spacing, eta, consistent, run, m, self.gains_for(steps) if (sampler, spacing) == ("dpm", None) else None, self.factors, each, done)[:, 0] + (best - m)[:, 0]
 
     def upscale(self,
         given,            # path, nibabel image or Volume
