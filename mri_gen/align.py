@@ -40,7 +40,9 @@ def to_itk(
     return im
 
 
-def from_itk(im): return np.ascontiguousarray(itk().GetArrayViewFromImage(im).T)
+def from_itk(
+    im,  # SimpleITK image
+): return np.ascontiguousarray(itk().GetArrayViewFromImage(im).T)
 
 # %% ../nbs/07_align.ipynb #67b7c721
 def matrix_of(
@@ -66,12 +68,19 @@ def to_transform(
     return t
 
 
-def write_transform(path, matrix, kind="rigid", centre=(0, 0, 0)):
+def write_transform(
+    path,              # *.tfm
+    matrix,            # (4,4) RAS+ mm, fixed to moving
+    kind="rigid",      # "rigid" or "affine"
+    centre=(0, 0, 0),  # RAS+ mm, what it turns about
+):
     "An Insight Transform file (.tfm) that ITK, ANTs and 3D Slicer read; points of the fixed image to the moving one, LPS"
     itk().WriteTransform(to_transform(matrix, kind, centre), str(path))
 
 
-def read_transform(path):
+def read_transform(
+    path,  # .tfm or .txt
+):
     "A linear Insight Transform file as a (4,4) matrix in RAS+ mm"
     if not Path(path).is_file(): raise UserError(f"{path}: no such file")
     try: t = itk().ReadTransform(str(path))
@@ -90,7 +99,10 @@ def points_in(
     return i @ affine[:3, :3].T + affine[:3, 3]
 
 
-def move(matrix, points): return points @ np.asarray(matrix)[:3, :3].T + np.asarray(matrix)[:3, 3]
+def move(
+    matrix,  # (4,4) map
+    points,  # (N,3) mm
+): return points @ np.asarray(matrix)[:3, :3].T + np.asarray(matrix)[:3, 3]
 
 
 def distance_mm(
@@ -101,13 +113,19 @@ def distance_mm(
     return np.linalg.norm(move(a, points) - move(b, points), axis=1)
 
 
-def seen(matrix, points, moving):
+def seen(
+    matrix,  # (4,4) RAS+ mm, fixed to moving
+    points,  # (N,3) RAS+ mm in the fixed image
+    moving,  # Volume
+):
     "Share of points that the moving image's field of view holds, after the map"
     i = move(np.linalg.inv(moving.affine) @ matrix, points)
     return float(((i > -.5) & (i < np.array(moving.shape) - .5)).all(1).mean())
 
 
-def turned(matrix):
+def turned(
+    matrix,  # (4,4) map
+):
     "Angle of the rotation in a map, degrees (of the nearest rotation where it also stretches)"
     u, _, v = np.linalg.svd(np.asarray(matrix)[:3, :3])
     return float(np.rad2deg(np.arccos(np.clip((np.trace(u @ v) - 1) / 2, -1, 1))))
@@ -158,7 +176,7 @@ def sample(
 
 def shared_information(
     a, b,     # (N,) values at the same points; NaN is left out
-    bins=48,
+    bins=48,  # of the histogram, along each axis
 ):
     "Normalised mutual information, 1 to 2 (Studholme et al. 1999), between robust ranges"
     ok = np.isfinite(a) & np.isfinite(b)
@@ -225,7 +243,7 @@ def register(
     kind="rigid",   # or "affine": refined from the rigid result
     seed=0,         # of the points that the metric looks at
     mask=None,      # bool on the fixed grid; None: `head_mask`
-    levels=LEVELS,
+    levels=LEVELS,  # from coarse to fine, each as in LEVELS
 ):
     "The (4,4) RAS+ map of fixed points to moving ones that makes the images predict each other best (Mattes et al. 2003), from coarse to fine"
     mask = head_mask(fixed) if mask is None else np.asarray(mask, bool)
@@ -277,15 +295,17 @@ class Alignment:
     seen: float          # share of the fixed head inside the moving field of view
 
 
-def same_grid(a, b): return grid_difference_mm(a, b) <= min(a.spacing) / 20
+def same_grid(
+    a, b,  # Volumes
+): return grid_difference_mm(a, b) <= min(a.spacing) / 20
 
 
 def align(
-    fixed, moving,  # Volumes
-    kind="rigid",
+    fixed, moving,   # Volumes
+    kind="rigid",    # "rigid" or "affine"
     seed=0,
-    mask=None,      # bool on the fixed grid; None: `head_mask`
-    still=STILL_MM, # mm; a tenth of the longest voxel edge where that is more
+    mask=None,       # bool on the fixed grid; None: `head_mask`
+    still=STILL_MM,  # mm; a tenth of the longest voxel edge where that is more
 ):
     "Register, and decide whether anything has to be resampled at all"
     mask = head_mask(fixed) if mask is None else mask; p = points_in(mask, fixed.affine, 100000); twins, edge = same_grid(fixed, moving), max(fixed.spacing)

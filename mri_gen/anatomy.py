@@ -51,13 +51,20 @@ HEAD = dict(origin=(-104., -142., -150.), shape=(105, 134, 128), step=2.)  # MNI
 SHAPES = ("cavity", "canal", "cord", "outer", "bone", "air", "eye", "muscle")  # channels of the head field
 
 
-def ellipsoid(p, centre, radii):
+def ellipsoid(
+    p,       # (N,3) mm
+    centre,  # (3,) mm
+    radii,   # (3,) mm, along x, y and z
+):
     "Approximate signed distance (mm) of points (N,3) to an ellipsoid"
     r = torch.tensor(radii, dtype=torch.float32)
     return (((p - torch.tensor(centre, dtype=torch.float32)) / r).norm(dim=-1) - 1) * float(min(radii))
 
 
-def union(*d, k=0.):
+def union(
+    *d,    # tensors of signed distances, mm, below 0 inside
+    k=0.,  # mm; 0: sharp edges
+):
     "Union of signed distances; `k` mm of blending"
     if not k: return functools.reduce(torch.minimum, d)
     return -k * torch.logsumexp(torch.stack([-x / k for x in d]), 0)
@@ -93,7 +100,9 @@ def closed_brain(
         yield torch.from_numpy(d)[None], origin, step
 
 # %% ../nbs/05_anatomy.ipynb #54fdf121
-def face(p):
+def face(
+    p,  # (N,3) MNI mm
+):
     "Hand-placed shapes below the cranium, as a dict of signed distances (mm) at MNI points p (N,3)"
     x, y, z = p.unbind(-1); a = torch.stack([x.abs(), y, z], -1)         # a: both sides at once
     E = lambda c, r, q=a: ellipsoid(q, c, r)
@@ -141,7 +150,7 @@ TISSUES = ("CSF", "GM", "WM", "bone", "marrow", "fat", "muscle", "skin", "vitreo
 
 def exponential(
     velocity: Field,  # (3,X,Y,Z) mm
-    steps=6,
+    steps=6,          # squarings: the field is divided by 2**steps first
 ):
     "Displacement of the flow of a stationary velocity field after unit time (scaling and squaring, Arsigny et al. 2006)"
     p, u = velocity.points(), velocity.data / 2**steps
@@ -160,14 +169,20 @@ def rotation(
     return np.array(rz) @ np.array(ry) @ np.array(rx)
 
 
-def fraction(d, width=1.2):
+def fraction(
+    d,          # tensor, mm
+    width=1.2,  # mm over which it falls from 1 to 0
+):
     "Volume fraction of the inside (d < 0) near a surface at signed distance d mm"
     return (.5 - d / width).clamp(0, 1)
 
 
 class Subject:
     "One simulated person: maps scanner points (mm, RAS, origin in the middle of the brain) to tissue fractions"
-    def __init__(self, seed, index):
+    def __init__(self,
+        seed,
+        index,  # 1, 2, ...: who
+    ):
         r = numpy_generator(seed, "subject", index)
         scale = .90 * np.exp(r.normal(0, .03) + r.normal(0, .025, 3))
         self.affine = np.diag(1 / scale) @ rotation(r.normal(0, [2.5, 1.5, 1.5])) + np.triu(r.normal(0, .02, (3, 3)), 1)  # head -> MNI
@@ -189,10 +204,10 @@ class Subject:
 
 # %% ../nbs/05_anatomy.ipynb #8ea34a20
 def brain_fractions(
-    q,        # (N,3) MNI mm
-    folds,    # (3,N) smooth noise
-    csf=0.,   # log-odds towards CSF
-    sharp=3.4,
+    q,          # (N,3) MNI mm
+    folds,      # (3,N) smooth noise
+    csf=0.,     # log-odds towards CSF
+    sharp=3.4,  # factor on the log-odds: the larger, the crisper the borders
 ):
     "CSF, grey and white matter fractions, (3,N), from sharpened ICBM log-odds"
     odds = icbm()[0](q)
@@ -202,7 +217,14 @@ def brain_fractions(
     return torch.softmax(logits, 0)
 
 
-def cranium(subject, q, d, inner, t, n):
+def cranium(
+    subject,  # Subject
+    q,        # (N,3) MNI mm
+    d,        # {name of SHAPES: (N,) signed distances}
+    inner,    # (N,) signed distance to cavity or spinal canal
+    t,        # (3,N) thickness noise
+    n,        # (3,N) fold noise
+):
     "Tissue fractions (len(TISSUES), N) inside the cranial cavity and the spinal canal; arguments as in `tissues`"
     k = {name: i for i, name in enumerate(TISSUES)}; out = torch.zeros(len(TISSUES), len(q)); x, y, z = q.unbind(-1)
     depth = fraction(d["cavity"] + .7 + .8 * t[1], 2.)                  # subarachnoid space under the skull

@@ -41,11 +41,11 @@ def oasis_slices(
 
 # %% ../nbs/18_axial.ipynb #fa369424
 def axial_heads(
-    people,  # iterable of (subject, site, {modality: Volume})
-    split,   # {subject: split}
-    data,    # name of the data
-    n=12,    # slices of each, evenly spread over the upper two thirds
-    size=224,
+    people,    # iterable of (subject, site, {modality: Volume})
+    split,     # {subject: split}
+    data,      # name of the data
+    n=12,      # slices of each, evenly spread over the upper two thirds
+    size=224,  # pixels of a side
 ):
     "Axial T1 slices of volumes, 0.94 mm pixels, anterior to the right, thirds by height as position"
     from mri_gen.planes import extract_slices
@@ -58,7 +58,12 @@ def axial_heads(
     return SliceSet(np.concatenate(images)[:, None], table)
 
 
-def simulated_axial(subjects, splits=("train", "dev"), seed=None, n=12):
+def simulated_axial(
+    subjects,                 # size of the cohort
+    splits=("train", "dev"),  # only its people in these
+    seed=None,                # None: the one reserved for training
+    n=12,                     # slices of each
+):
     "The same of simulated heads, made in memory"
     import nibabel as nib
     from mri_gen.phantom import RESERVED_SEED, SITES, simulate_subject
@@ -71,7 +76,8 @@ def simulated_axial(subjects, splits=("train", "dev"), seed=None, n=12):
 def load_t1(
     data=None, pattern=None,  # see `slices.sources`; where volumes lie
     simulated=6,              # subjects, where there is nothing
-    splits=("train", "dev"), seed=None,
+    splits=("train", "dev"),  # only these
+    seed=None,                # of the simulated heads; None: the one reserved for training
 ):
     "T1 slices of these splits, (N,1,H,W)"
     s = oasis_slices(data) if data is not None and Path(data).is_dir() else None

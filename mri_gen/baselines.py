@@ -56,7 +56,9 @@ def random_planes(
     return SliceSet(np.round(np.concatenate(images)[:, None] * 255).astype(np.uint8), table)
 
 
-def labels(s):
+def labels(
+    s,  # SliceSet
+):
     "(N,3) int64: the numbers of modality, place and site; -1 where a slice does not say"
     return np.stack([[names.index(v) if v in names else -1 for v in s.column(k).tolist()] for k, names in LABELS.items()], 1)
 
@@ -149,13 +151,21 @@ def load_data(
     return SliceSet(np.concatenate([p.images for p in parts]), [r for p in parts for r in p.table])
 
 
-def guess_loss(guesses, y, t):
+def guess_loss(
+    guesses,  # of `FeatureNet.guesses`
+    y,        # int64, see `labels`; -1: not told
+    t,        # 0 to 1, see `degrade`
+):
     "Mean over prefixes of: cross-entropy of the labels y (B,3), -1 ignored, and squared error of the strengths t (B,3)"
     ce = lambda g, y: F.cross_entropy(g.float(), y, ignore_index=-1, reduction="sum") / (y >= 0).sum().clamp_min(1)
     return torch.stack([sum(ce(g, y[:, i]) for i, g in enumerate(p[:-1])) + 8 * (p[-1].float() - t).square().mean() for p in guesses]).mean()
 
 
-def job(cfg, data, device="cpu"):
+def job(
+    cfg,
+    data,          # SliceSet with splits train and dev
+    device="cpu",  # cpu, cuda or a torch device
+):
     "What the training loop needs"
     train, dev = (DeviceData(data.subset(split=s), device) for s in ("train", "dev"))
     y, z = (torch.from_numpy(labels(data.subset(split=s))).to(device) for s in ("train", "dev"))

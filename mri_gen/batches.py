@@ -15,7 +15,9 @@ from . import core
 from .core import UserError
 
 # %% ../nbs/06_batches.ipynb #6392bc64
-def free_memory(device):
+def free_memory(
+    device,  # cpu, cuda or a torch device
+):
     "Bytes that are free on a device"
     if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
     try:
@@ -27,7 +29,7 @@ class DeviceData:
     "Images resident on the device where they fit, else read from their memory map; uint8 where they came as uint8; `batch(indices)` decodes to float32 in [0,1]"
     def __init__(self,
         images,          # (N,H,W) or (N,C,H,W), array, memory map or tensor, or a `SliceSet`
-        device="cpu",
+        device="cpu",    # cpu, cuda or a torch device
         most=.5,         # share of the device's free memory that they may take
     ):
         images = getattr(images, "images", images); self.device = torch.device(device)
@@ -51,7 +53,11 @@ class DeviceData:
 def _order(seed, epoch, n): return torch.randperm(n, generator=core.generator("order", seed, epoch, n))
 
 
-def order(seed, epoch, n):
+def order(
+    seed,
+    epoch,  # number of the epoch
+    n,      # how many images
+):
     "The epoch's permutation of 0..n-1 (int64 tensor), a pure function of its arguments"
     return _order(seed, epoch, n).clone()
 

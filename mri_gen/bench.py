@@ -76,7 +76,10 @@ class Skip(Exception):
     "A row that cannot be measured here, and why"
 
 
-def engine(job, cfg, device):
+def engine(
+    job,  # what `job` of a task made
+    cfg, device,
+):
     "One step of our engine; returns the loss"
     loop, count = Loop(job, cfg, torch.device(device)), itertools.count()
     return lambda: loop.train_step(next(count))["loss"]
@@ -94,14 +97,20 @@ def ours(
     return engine(job, cfg, b.device)
 
 
-def compiled(b):
+def compiled(
+    b,  # Bench
+):
     "Our step with torch.compile, where a compiler works"
     if not b.cfg.compile: raise Skip("switched off; -p compile=true")
     try: step = ours(b, compile=True); step(); return step
     except Exception as e: raise Skip(f"no compiler that works here ({type(e).__name__}: {(str(e).strip() or '?').splitlines()[0][:100]})") from None
 
 # %% ../nbs/35_bench.ipynb #3527f727
-def plain_mask(h, w, rng, base):
+def plain_mask(
+    h, w,  # image size, px
+    rng,   # numpy Generator
+    base,  # (h,w) bool, mask of the test set: True = known
+):
     "One mask in NumPy: the families of `corrupt.random_masks`"
     kind = rng.random()
     if kind < .45: return np.roll(base, rng.integers(0, h, 2), (0, 1))
@@ -113,7 +122,11 @@ def plain_mask(h, w, rng, base):
 
 class Files(torch.utils.data.Dataset):
     "One file per item, degraded as in `inpaint.augment`: (truth, mask), (1,H,W) float32"
-    def __init__(self, files, cfg): self.files, self.cfg, self.base, self.rng = files, cfg, tilted(64, 64), np.random.default_rng()
+    def __init__(
+        self,
+        files,  # .npy files, each (64,64) uint8
+        cfg,    # `inpaint.Config`
+    ): self.files, self.cfg, self.base, self.rng = files, cfg, tilted(64, 64), np.random.default_rng()
     def __len__(self): return len(self.files)
 
     def __getitem__(self, i):
@@ -165,7 +178,9 @@ def plain(
     return script(inpaint.build(cfg), Files(b.files, cfg), losses, cfg, b.device, workers)
 
 
-def loaded(b):
+def loaded(
+    b,  # Bench
+):
     "The plain step, read ahead by processes"
     if not b.cfg.workers: raise Skip("switched off; -p workers=2")
     return plain(b, b.cfg.workers)
@@ -194,7 +209,11 @@ RATIOS = {  # name -> (row above, row below, what is expected)
 }
 
 # %% ../nbs/35_bench.ipynb #757c1d29
-def seconds(step, n, device):
+def seconds(
+    step,  # function without arguments
+    n,     # how often it is called
+    device,
+):
     "Mean time of one of `n` steps, s"
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait(); t = time.perf_counter()
@@ -203,7 +222,9 @@ def seconds(step, n, device):
     return (time.perf_counter() - t) / n
 
 
-def spread(values):
+def spread(
+    values,  # numbers, at least one
+):
     "Median and quartiles"
     q1, median, q3 = np.quantile(np.asarray(values, float), (.25, .5, .75)).tolist()
     return dict(median=median, q1=q1, q3=q3, n=len(values))
@@ -235,7 +256,11 @@ def peak_rss():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def tell(step, device, budget):
+def tell(
+    step,    # function without arguments; None: memory only
+    device,
+    budget,  # seconds; 0: three steps
+):
     "Steps for `budget` seconds, three without; prints {'peak_mib' of this process, 'seconds' (per step)} as JSON"
     times = []
     for _ in range(1 if budget else 3): step and step()
@@ -244,13 +269,21 @@ def tell(step, device, budget):
     print(json.dumps({"peak_mib": torch.cuda.max_memory_allocated(device) / 2**20 if torch.device(device).type == "cuda" else peak_rss(), "seconds": times}))
 
 
-def child(row, cfg, device, budget):
+def child(
+    row,     # name among ROWS; "": nothing is trained
+    cfg,     # dict of a BenchConfig
+    device,
+    budget,  # seconds, see `tell`
+):
     "What runs in a process of its own"
     with tempfile.TemporaryDirectory() as d: b = Bench(BenchConfig(**cfg), device, d, real=False); tell(ROWS[row](b) if row else None, device, budget)
 
 
 def alone(
-    row, cfg, device="cpu", budget=0.,
+    row,                    # name among ROWS, or what `child` of another module takes
+    cfg,                    # BenchConfig
+    device="cpu",
+    budget=0.,              # seconds, see `tell`
     spin=False,             # OpenMP threads wait as the library likes, else they sleep
     of=("mri_gen.bench",),  # module whose `child` runs, and what else that is given
 ):
@@ -263,7 +296,12 @@ def alone(
     return json.loads(r.stdout.splitlines()[-1])
 
 
-def weigh(cfg, device, rows=("ours", "plain"), of=("mri_gen.bench",)):
+def weigh(
+    cfg,                     # BenchConfig
+    device,
+    rows=("ours", "plain"),  # names, see `alone`
+    of=("mri_gen.bench",),   # see `alone`
+):
     "Peak memory of rows, MiB, above that of a process that has the same images and trains nothing"
     peak = lambda row: alone(row, cfg, device, of=of)["peak_mib"]; base = peak("")
     return [dict(row=k, peak_mib=p, training_mib=p - base) for k in rows for p in [peak(k)]]
@@ -275,7 +313,9 @@ def cores():
 
 
 @contextlib.contextmanager
-def busy(n):
+def busy(
+    n,  # programs
+):
     "`n` programs that each keep a core busy"
     ps = [subprocess.Popen([sys.executable, "-c", f"import os\nwhile os.getppid() == {os.getpid()}: pass"]) for _ in range(n)]     # never outlive us
     try: yield
@@ -283,7 +323,11 @@ def busy(n):
         for p in ps: p.kill(); p.wait()
 
 
-def sleeping(repeats=3, budget=1.5, limit=24.):
+def sleeping(
+    repeats=3,   # at most
+    budget=1.5,  # seconds of steps each time
+    limit=24.,   # seconds
+):
     "(seconds a step with threads that spin, with threads that sleep), a list each, while other programs need a core; a small network, since spinning can be very slow. No further repeat after `limit` seconds"
     if torch.get_num_threads() < 2: raise Skip("one thread waits for nobody")
     t0, small, out = time.monotonic(), BenchConfig.profile("smoke", chs=(16, 32), batch_size=8, images=8), ([], [])
@@ -333,21 +377,27 @@ def measure(
                 ratios=[dict(name=k, **v) for k, v in out.items()], memory=memory, skipped=skipped)
 
 # %% ../nbs/35_bench.ipynb #666bef2c
-def load_result(path):
+def load_result(
+    path,  # .json
+):
     "A result of `measure` from its JSON; `UserError` for another file"
     r = read_json(path)
     if not isinstance(r, dict) or not {"machine", "config", "rows", "ratios", "memory", "skipped"} <= set(r): raise UserError(f"{path}: no result of `mri_gen bench`; pass a file it wrote with --out")
     return r
 
 
-def met(ratio):
+def met(
+    ratio,  # one of the ratios of a result
+):
     "Is the expectation met? None where there is none"
     if not ratio["expected"]: return None
     sign, value = ratio["expected"].split()
     return ratio["median"] >= float(value) if sign == ">=" else ratio["median"] <= float(value)
 
 
-def conditions(r):
+def conditions(
+    r,  # result of `measure` or `measure_topic`
+):
     "One sentence: what it was measured with"
     m, c = r["machine"], r["config"]
     device = m["device_name"] if m["device"].startswith("cuda") else m["cpu"]
@@ -355,7 +405,9 @@ def conditions(r):
             + (f"{r['topic']}, {r['n']} {r['unit']} a call" if "topic" in r else f"U-Net {tuple(c['chs'])} with {r['parameters'].get('2', r['parameters'].get(2)):,} parameters, 64x64, batch {c['batch_size']}, {c['images']} images ({r['data']})") + f"; {r['minutes']:g} minutes")
 
 
-def text(r):
+def text(
+    r,  # result of `measure` or `measure_topic`
+):
     "Rows, ratios and memory as Markdown tables"
     out = [f"| {'way' if 'topic' in r else 'step'} | ms, median [quartiles] | {r.get('unit', 'images')}/s |", "|---|---:|---:|"]
     for x in r["rows"]: s = x["seconds"]; out.append(f"| {x['row']} | {1e3 * s['median']:.1f} [{1e3 * s['q1']:.1f}, {1e3 * s['q3']:.1f}] | {x['images_per_second']:.3g} |")
@@ -365,7 +417,10 @@ def text(r):
     return "\n".join(out + [""] + [f"{k}: not measured, {v}." for k, v in r["skipped"].items()] + [conditions(r)])
 
 
-def bars(r, width=7.):
+def bars(
+    r,         # result of `measure` or `measure_topic`
+    width=7.,  # inches
+):
     "Ratios as horizontal bars; returns a figure"
     from mri_gen.figures import Picture
     xs = r["ratios"][::-1]

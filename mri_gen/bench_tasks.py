@@ -28,7 +28,7 @@ class Topic:
     make: Callable  # (n, device) -> {row: function that handles n items, or a Skip}
     ratios: dict    # name -> (row above, row below, what is expected)
     n: int          # items a call
-    unit: str = "images"
+    unit: str = "images"  # what the items are called
     weigh: tuple = ()  # rows whose peak memory is measured, each in a process of its own; `make` then takes the rows that it shall make
 
 
@@ -37,7 +37,7 @@ def measure_topic(
     cfg=None,       # BenchConfig: rounds, block, minutes, threads
     device="auto",
     n=None,         # items a call; None: as the topic says
-    say=print,
+    say=print,      # called with a line on what is measured
 ):
     "Like `bench.measure`: machine, config, rows (s per call), ratios, memory, skipped"
     cfg, device, t0, before, n = cfg or BenchConfig.profile("full"), pick_device(device), time.monotonic(), torch.get_num_threads(), n or topic.n
@@ -54,7 +54,10 @@ def measure_topic(
                 ratios=[dict(name=k, above=a, below=b, expected=e, **spread(np.divide(times[a], times[b]))) for k, (a, b, e) in topic.ratios.items() if a in times and b in times])
 
 # %% ../nbs/35_bench_tasks.ipynb #1eb6e9f9
-def restoring(n, device):
+def restoring(
+    n,  # images of 64x64 a call
+    device,
+):
     "Rows of the topic `restore`"
     from skimage.restoration import inpaint_biharmonic
     from mri_gen.corrupt import tilted
@@ -73,7 +76,10 @@ RESTORE = Topic("Restoring 64x64 images under the test mask", restoring, {
     "ridge / U-Net": ("ridge", "unet", ""), "U-Net / VAE": ("unet", "vae", "")}, 16)
 
 # %% ../nbs/35_bench_tasks.ipynb #5bfb7766
-def drawing(n, device):
+def drawing(
+    n,  # images a call
+    device,
+):
     "Rows of the topic `generate`"
     from mri_gen.generate import Generator
     try: g = Generator(None, device)
@@ -87,7 +93,10 @@ GENERATE = Topic("Drawing 64x64 head slices", drawing, {
     "DDPM / DDIM, as many steps": ("DDPM, 50 steps", "DDIM, 50 steps", "")}, 16)
 
 # %% ../nbs/35_bench_tasks.ipynb #b3fe0d12
-def imputing(n, device):
+def imputing(
+    n,  # triples of 224x224 a call
+    device,
+):
     "Rows of the topic `impute`"
     from mri_gen.checkpoint import find_weights, load_weights
     from mri_gen.mmgan import CHUNK, Completer, Config, build
@@ -112,7 +121,11 @@ IMPUTE = Topic("Completing T1 from T2 and PD, 224x224", imputing, {
 # %% ../nbs/35_bench_tasks.ipynb #b3fe0d14
 class Triples(torch.utils.data.Dataset):
     "One file per slice: (triple (3,H,W), what is available (3,)), float32"
-    def __init__(self, images, cfg):
+    def __init__(
+        self,
+        images,  # (N,3,H,W) uint8
+        cfg,     # `mmgan.Config`
+    ):
         self.cfg, self.rng, self.folder = cfg, np.random.default_rng(), tempfile.TemporaryDirectory()
         self.files = [Path(self.folder.name) / f"{i:05d}.npy" for i in range(len(images))]
         for f, x in zip(self.files, images): np.save(f, x)
@@ -145,7 +158,8 @@ STEPS = {f"{name}{how}": (profile, settings) for name, profile in (("ours", "ful
 
 
 def learning(
-    n, device,
+    n,                  # batch
+    device,
     rows=tuple(STEPS),  # which
     side=224,           # pixels
     **settings,         # of `mmgan.Config`
@@ -173,9 +187,12 @@ QUANTISERS = ("ours, training step", "MONAI, training step", "ours, look-up", "M
 
 
 def quantising(
-    n, device,
+    n,                # batch
+    device,
     rows=QUANTISERS,  # which
-    codes=512, dim=16, grid=(28, 28),
+    codes=512,        # in the codebook
+    dim=16,           # numbers of a code
+    grid=(28, 28),    # height and width of the map of codes
 ):
     "Rows of the topic `quantise`"
     from mri_gen.codes import VectorQuantiser
@@ -208,7 +225,10 @@ QUANTISE = Topic("Quantising 28x28 vectors a slice, K=512, D=16", quantising, {
     "training step: MONAI / ours": ("MONAI, training step", "ours, training step", ""), "look-up: MONAI / ours": ("MONAI, look-up", "ours, look-up", "")}, 8, "slices", ("ours, training step", "MONAI, training step"))
 
 # %% ../nbs/35_bench_tasks.ipynb #b3fe0d18
-def coding(n, device):
+def coding(
+    n,  # slices of 224x224 a call
+    device,
+):
     "Rows of the topic `code`"
     from mri_gen.patches import PatchCodes, codec
     from mri_gen.vqvae import Sampler, Tokeniser
@@ -225,7 +245,10 @@ CODE = Topic("Slices of 224x224 through codes and back", coding, {
     "ours / k-means patches": ("ours, to codes and back", "k-means patches", ""), "ours / WebP": ("ours, to codes and back", "WebP", ""), "drawn / coded": ("drawn by the prior", "ours, to codes and back", "")}, 8, "slices")
 
 # %% ../nbs/35_bench_tasks.ipynb #benchtr2
-def translating(n, device):
+def translating(
+    n,  # slices of 224x224 a call
+    device,
+):
     "Rows of the topic `translate`"
     from mri_gen.checkpoint import find_weights, load_weights
     from mri_gen.cyclegan import CHUNK, Config, build, render
@@ -246,7 +269,11 @@ TRANSLATE = Topic("Translating T1 to T2, 224x224", translating, {
 # %% ../nbs/35_bench_tasks.ipynb #benchtr4
 class BothSides(torch.utils.data.Dataset):
     "One file per slice: (4,h,w): window of T1, of T2, and their place, float32"
-    def __init__(self, images, side):
+    def __init__(
+        self,
+        images,  # (N,2,H,W) uint8: T1 and T2
+        side,    # of the windows, px
+    ):
         self.rng, self.side, self.folder = np.random.default_rng(), side, tempfile.TemporaryDirectory(); self.files = [Path(self.folder.name) / f"{i:05d}.npy" for i in range(len(images))]
         for f, x in zip(self.files, images): np.save(f, x)
 
@@ -275,7 +302,8 @@ def plain_cycle(cfg):
 
 # %% ../nbs/35_bench_tasks.ipynb #benchtr5
 def learning_both(
-    n, device,
+    n,                  # batch of ours; the original's is 1
+    device,
     rows=tuple(STEPS),  # which
     **settings,         # of `cyclegan.Config`
 ):
@@ -301,7 +329,10 @@ LEARN_BOTH = Topic("A training step of translation: both generators, both discri
     "original: plain / our engine": ("original, plain", "original", ""), "original / ours": ("original", "ours", "")}, 4, "slices of each contrast")
 
 # %% ../nbs/35_bench_tasks.ipynb #benchsr1
-def upscaling(n, device):
+def upscaling(
+    n,  # how often a call does the same volume of 60x60x45
+    device,
+):
     "Rows of the topic `upscale`"
     from mri_gen.resolution import Resolution
     from mri_gen.sr3d import Upscaler
@@ -318,7 +349,11 @@ UPSCALE = Topic("Twice the resolution of a head, 60x60x45 to 120x120x90", upscal
 DEPTHS = {"plain, depth 4": (4, "plain"), "plain, depth 16": (16, "plain"), "checkpointed, depth 16": (16, "checkpointed"), "reversible, depth 4": (4, "forget"), "reversible, depth 16": (16, "forget")}
 
 
-def deepening(n, device, rows=tuple(DEPTHS)):
+def deepening(
+    n,                   # batch, volumes of 48^3 with 32 channels
+    device,
+    rows=tuple(DEPTHS),  # which
+):
     "Rows of the topic `deepen`: forward and backward through a chain of couplings"
     from torch.utils.checkpoint import checkpoint
     from mri_gen.reversible import Chain, Coupling
@@ -339,7 +374,14 @@ DEEPEN = Topic("Forward and backward through couplings, 32 channels, 48x48x48", 
     "reversible / plain, time": ("reversible, depth 16", "plain, depth 16", ""), "checkpointed / plain, time": ("checkpointed, depth 16", "plain, depth 16", ""), "reversible 16 / reversible 4, time": ("reversible, depth 16", "reversible, depth 4", "")}, 1, "volumes", tuple(DEPTHS))
 
 # %% ../nbs/35_bench_tasks.ipynb #benchtr7
-def child(row, cfg, device, budget, topic, n):
+def child(
+    row,     # of the topic; "": nothing is done
+    cfg,     # not used
+    device,
+    budget,  # seconds, see `bench.tell`
+    topic,   # name among TOPICS
+    n,       # items a call
+):
     "What `bench.alone` runs for a row of a topic"
     tell(TOPICS[topic].make(n, device, (row,))[row] if row else TOPICS[topic].make(n, device, ()) and None, device, budget)
 

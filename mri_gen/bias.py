@@ -18,7 +18,10 @@ from .volumes import Volume, read_volume
 DEPTH_MM = 12.0  # scalp, its fat and the skull
 
 
-def signal(v, depth=DEPTH_MM):
+def signal(
+    v,               # Volume
+    depth=DEPTH_MM,  # mm under the surface that are left out; 0: nothing is
+):
     "(X,Y,Z) bool: where a field can be seen, below the scalp"
     m = head_mask(v, holes=False, depth=depth) & (v.data > 0)
     return m if m.sum() >= 500 or not depth else head_mask(v, holes=False) & (v.data > 0)
@@ -72,7 +75,9 @@ def true_brain(
 
 
 def injected(
-    cohort, s, m,
+    cohort,        # folder of a simulated cohort
+    s,             # subject
+    m,             # T1, T2 or PD
     sd,            # of the log field in the brain; 0: no field at all
 ):
     "(image with that field, the log field, brain): what N4 can be scored on"
@@ -81,7 +86,9 @@ def injected(
     return Volume(v.data / old * np.exp(log), v.affine), log, brain
 
 # %% ../nbs/07_bias.ipynb #23389c9f
-def plain_field(v): "N4 as it is usually called: with the scalp, four levels of 50 steps"; return log_field(v, signal(v, 0), mm=4, levels=4, iterations=50)
+def plain_field(
+    v,  # Volume
+): "N4 as it is usually called: with the scalp, four levels of 50 steps"; return log_field(v, signal(v, 0), mm=4, levels=4, iterations=50)
 
 # %% ../nbs/07_bias.ipynb #26aff57a
 def unevenness(

@@ -88,7 +88,9 @@ One file with everything inside: upload it, attach the data, run. Generated from
 Every click: `kaggle/README.md` of the project.'''
 
 
-def plain(text):
+def plain(
+    text,  # Markdown
+):
     "Markdown whose links to files of the checkout are only their words"
     return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 
@@ -202,7 +204,15 @@ def check_gpus():
     return n
 
 
-def begin_session(slug, profile, data, out, inputs, working, max_hours, processes):
+def begin_session(
+    slug, profile,
+    data,       # folder of own data; "": what is found among the inputs
+    out,        # folder of the run; "": named after the task, in `working`
+    inputs,     # folder below which data sets and earlier runs lie, read-only
+    working,    # folder that is kept when the session ends
+    max_hours,  # from now on until trainings pause
+    processes,  # of a training; 0: one for each GPU
+):
     "Devices, data, earlier runs, hours; returns (data, out)"
     import builtins
     if max_hours < 0 or processes < 0: raise UserError("max_hours and processes: 0 or more")
@@ -216,7 +226,10 @@ def begin_session(slug, profile, data, out, inputs, working, max_hours, processe
     return data or own, out or str(Path(working) / slug)
 
 
-def unless_paused(line, cell):
+def unless_paused(
+    line,  # what follows the name of the magic; not used
+    cell,  # code of the cell
+):
     "Cell magic: run a cell, or do nothing once a training was paused"
     if SESSION.paused: return
     result = get_ipython().run_cell(cell)
@@ -224,7 +237,9 @@ def unless_paused(line, cell):
     if e is not None and not isinstance(e, Paused): raise RuntimeError("this cell failed; the reason stands above") from None
 
 
-def end_session(out):
+def end_session(
+    out,  # folder whose files are counted
+):
     "Say what is in the working folder, and how to go on"
     files = [p for p in sorted(Path(out).rglob("*")) if p.is_file()]
     print(f"{out}: {len(files)} files, {sum(p.stat().st_size for p in files) / 2**20:.1f} MiB")

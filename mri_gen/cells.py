@@ -31,7 +31,12 @@ def overall(
     return out
 
 
-def score_cell(y, x, subjects, head, cell):
+def score_cell(
+    y, x,      # answers and truth, (N,H,W) in [0,1]
+    subjects,  # (N,) array of names
+    head,      # dict of task, method, data and split
+    cell,      # name of the cell, e.g. "T2,PD->T1"
+):
     "Rows of one method and cell, PSNR with one gain for each subject among them"
     from mri_gen.metrics import score_table
     rows = score_table(y, x, subjects, cell=cell, **head)
@@ -51,7 +56,7 @@ PROTOCOLS = {
 
 def published_table(
     records,         # of `Evaluation`
-    methods=("lookup", "trees", "unet"),
+    methods=("lookup", "trees", "unet"),  # our rows, where there are records of them; the last also with Gaussian SSIM
 ):
     "Markdown: PSNR and SSIM per scenario, ours beside published numbers, with what differs in the protocol"
     from mri_gen.metrics import pick

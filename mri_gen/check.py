@@ -32,7 +32,10 @@ LIGHTS = ("red", "yellow", "green")
 KEPT_MM = 2.0  # a search that ends no better than the header, and nearer to it than this, agrees with it
 
 
-def beyond(name, x):
+def beyond(
+    name,  # key of LIMITS
+    x,     # number; None or NaN: red
+):
     "0 red, 1 yellow, 2 green"
     y0, r0, y1, r1, _ = LIMITS[name]
     if x is None or not np.isfinite(x): return 0
@@ -55,7 +58,9 @@ def judge(
     return LIGHTS[out[0][0]] if out else "green", [t for _, t in out]
 
 
-def typical(cohort):
+def typical(
+    cohort,  # facts of each subject, as for `judge`
+):
     "{modality: (median, scaled median deviation)} of the information shared, where there are eight subjects or more"
     out = {}
     for m in dict.fromkeys(m for f in cohort for m in f["moving"]):
@@ -79,7 +84,9 @@ def _cut(v, data, plane, k): return extract_slices(Volume(data, v.affine), plane
 def _size(v, plane): _, (r, _), (c, _) = PLANES[plane]; s = v.spacing; return s[r], s[c], v.shape[r] * s[r] / (v.shape[c] * s[c])
 
 
-def top(x): return float(np.percentile(x[x > x.mean()], 99)) if np.ptp(x) else 1.0
+def top(
+    x,  # array of intensities
+): return float(np.percentile(x[x > x.mean()], 99)) if np.ptp(x) else 1.0
 
 
 @styled
@@ -99,9 +106,11 @@ def modality_picture(
 # %% ../nbs/07_check.ipynb #91b21491
 @styled
 def checker_picture(
-    moved,   # name -> ((X,Y,Z) by the header alone, (X,Y,Z) registered)
-    v,       # Volume: the fixed image
-    where, plane="axial", name="PD",
+    moved,      # name -> ((X,Y,Z) by the header alone, (X,Y,Z) registered)
+    v,          # Volume: the fixed image
+    where,      # three slices
+    plane="axial",
+    name="PD",  # of the fixed image
 ):
     "Checkerboards of the fixed and each moving image before and after: at the seams, edges must go on"
     r, c, aspect = _size(v, plane); fig, ax = panels(3, 2 * len(moved), aspect, 1.5, .5, .1); f = v.data / top(v.data)
@@ -115,7 +124,9 @@ def checker_picture(
 @styled
 def n4_picture(
     parts,   # name -> (before, after, log field, name of the image it was fitted on)
-    v, where, plane="axial",
+    v,       # Volume: the fixed image
+    where,   # three slices, of which the middle one is shown
+    plane="axial",
 ):
     "Before, after, and the field between, at the middle slice; before and after on one scale"
     r, c, aspect = _size(v, plane); fig, ax = panels(len(parts), 3, aspect, 1.5, .3, .6)
@@ -128,7 +139,9 @@ def n4_picture(
 # %% ../nbs/07_check.ipynb #866032d6
 def strip(
     images, moved, parts,  # as for the pictures; `parts` may be empty
-    v, k, plane="axial",
+    v,                     # Volume: the fixed image
+    k,                     # number of the slice
+    plane="axial",
     height=132,            # pixels
 ):
     "A JPEG (bytes) with all of a subject in a row"

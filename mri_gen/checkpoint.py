@@ -16,12 +16,16 @@ import torch
 from .core import UserError, artifacts_dir, escapes, mix_arrays, read_json, root, whole
 
 # %% ../nbs/12_checkpoint.ipynb #f4e5e57e
-def flatten(nets):
+def flatten(
+    nets,  # {network: {parameter: tensor}}
+):
     "`{network: {parameter: tensor}}` -> `{'network/parameter': tensor}`"
     return {f"{n}/{k}": v for n, sd in nets.items() for k, v in sd.items()}
 
 
-def unflatten(flat):
+def unflatten(
+    flat,  # {'network/parameter': tensor}
+):
     "Inverse of `flatten`"
     nets = {}
     for k, v in flat.items():
@@ -30,7 +34,11 @@ def unflatten(flat):
     return nets
 
 
-def weights_bytes(nets, meta=None, half=False):
+def weights_bytes(
+    nets,        # {network: {parameter: tensor}}
+    meta=None,   # facts for the header, a dict; None: none
+    half=False,  # store floats in 16 bits
+):
     "Safetensors bytes of `{network: state_dict}`; the same content gives the same bytes"
     flat = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().clone(memory_format=torch.contiguous_format)
             for k, v in sorted(flatten(nets).items())}                # a copy: safetensors refuses tensors that share memory (tied weights)
@@ -47,7 +55,9 @@ def save_weights(
     with whole(path, force=True) as p: p.write_bytes(weights_bytes(nets, meta, half))
 
 
-def load_weights(path):
+def load_weights(
+    path,  # safetensors file
+):
     "`({network: {parameter: float32 tensor}}, meta)`; `UserError` when the file is missing, truncated or no safetensors file"
     try: raw = Path(path).read_bytes()
     except OSError as e: raise UserError(f"{path}: weights not readable ({e.strerror}); pass --weights NAME, FILE or RUN") from None
@@ -60,7 +70,9 @@ def load_weights(path):
         raise UserError(f"{path}: not a safetensors file of this project ({' '.join(str(e).split())[:200]}); it may be truncated") from None
 
 
-def identity(tensors):
+def identity(
+    tensors,  # {parameter: tensor}
+):
     "Hash of parameters in half precision, as they are shipped: what was trained with these knows no others"
     return f"{mix_arrays(*((tensors[k].half() if tensors[k].is_floating_point() else tensors[k]).cpu().numpy() for k in sorted(tensors))):016x}"
 
@@ -87,7 +99,11 @@ def building(
     except Exception as e: raise UserError(f"{path}: the weights do not fit what this version can build ({' '.join(str(e).split())[:160]}); use the version that wrote them, or train anew") from None
 
 
-def load_into(net, tensors, path):
+def load_into(
+    net,      # module
+    tensors,  # {parameter: tensor}
+    path,     # their file, for the message
+):
     "`net.load_state_dict(tensors)` that came from `path`; where they do not fit, a `UserError` that names the file and the first parameter"
     size = lambda sd, k: "missing" if k not in sd else "x".join(map(str, sd[k].shape)) or "one number"
     want = net.state_dict()

@@ -39,13 +39,17 @@ Weights = Annotated[Optional[str], typer.Option(help="shipped name, file or run 
 def _options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error; may stand anywhere on the line")] = False): pass
 
 
-def message(e):
+def message(
+    e,  # exception
+):
     "An exception as one line"
     text = e.format_message() if hasattr(e, "format_message") else str(e)
     return " ".join(text.split()) or type(e).__name__
 
 
-def say_error(text): print(f"mri_gen: {text}", file=sys.stderr)
+def say_error(
+    text,  # one line, without the name of the program
+): print(f"mri_gen: {text}", file=sys.stderr)
 
 
 def main(argv=None):
@@ -70,14 +74,19 @@ def main(argv=None):
         return 2 if usage else e.code if known else 1
 
 # %% ../nbs/39_cli.ipynb #471f0d3b
-def existing(path, what="file or folder"):
+def existing(
+    path,                   # None is passed on
+    what="file or folder",  # the word for the message
+):
     "The path, absolute; `UserError` where there is nothing"
     from mri_gen.core import UserError
     if path is not None and not Path(path).exists(): raise UserError(f"{path}: no such {what}")
     return None if path is None else Path(path).resolve()
 
 
-def say(text): print(text, flush=True)
+def say(
+    text,  # one line
+): print(text, flush=True)
 
 # %% ../nbs/39_cli.ipynb #1a8bcb52
 @download.command("ixi")
@@ -164,7 +173,12 @@ def passed_on():
         finally: over.set(); thread.join()
 
 
-def execute(nb, out, parameters, folder):
+def execute(
+    nb,          # Path of the notebook
+    out,
+    parameters,  # {name: value} to inject
+    folder,      # to work in
+):
     "papermill, printing what the cells print; a failing cell becomes a `UserError` that names it, and the half-run notebook stays beside"
     import logging, os
     from papermill import PapermillExecutionError, execute_notebook

@@ -39,7 +39,7 @@ def kmeans(
     x,         # (n,D)
     k,         # codes
     g,         # torch generator
-    steps=10,
+    steps=10,  # rounds of Lloyd's algorithm
 ):
     "(k,D) centres (Lloyd 1982), deterministic given the generator; with n < k some repeat"
     draw = torch.randperm(len(x), generator=g, device=x.device)[torch.arange(k, device=x.device) % len(x)]
@@ -58,7 +58,7 @@ def ema_update(
     codebook, shares, sums,  # (K,D), (K,), (K,D): changed in place
     x, codes,                # (n,D) vectors and (n,) what they chose
     g,                       # torch generator for restarts
-    decay=.99,
+    decay=.99,               # of the averages: what is left of them after an update
     dead=.05,                # share, over 1/K, under which a code is moved; 0: never
 ):
     "One update of a codebook by exponential moving averages; returns the number of codes moved (0-d)"
@@ -91,7 +91,11 @@ def quantise_rows(
 
 
 @torch.no_grad()
-def rests(x, codebook, codes):
+def rests(
+    x,         # (n,D) vectors, n = B h w
+    codebook,  # (L,K,D)
+    codes,     # (B,L,h,w) what they chose
+):
     "For each level its number, what it was given (n,D) and what it chose (n,); codes (B,L,h,w)"
     for l in range(len(codebook)):
         i = codes[:, l].flatten(); yield l, x, i
@@ -99,7 +103,11 @@ def rests(x, codebook, codes):
 
 
 @torch.no_grad()
-def start_codebook(q, x, g):
+def start_codebook(
+    q,  # `VectorQuantiser`, changed in place
+    x,  # (n,D)
+    g,  # torch generator
+):
     "k-means on the vectors (n,D) of a batch, level after level"
     for l in range(q.levels):
         c = kmeans(x, q.codes, g); i = nearest(x, c); q.codebook[l].copy_(c); x = x - c[i]
@@ -109,13 +117,13 @@ def start_codebook(q, x, g):
 class VectorQuantiser(nn.Module):
     "Nearest code of a codebook, or of several, each for the rest that the one before leaves"
     def __init__(self,
-        codes=128,        # K, in each level
-        dim=16,           # D
-        levels=1,         # codebooks
-        learn="ema",      # "ema" or "gradient"
-        commitment=.25,   # beta
-        decay=.99, dead=.05,
-        spread=.05,       # the codebook before k-means, or before training: uniform within +- this (the original's start)
+        codes=128,            # K, in each level
+        dim=16,               # D
+        levels=1,             # codebooks
+        learn="ema",          # "ema" or "gradient"
+        commitment=.25,       # beta
+        decay=.99, dead=.05,  # of `ema_update`, where learn is ema
+        spread=.05,           # the codebook before k-means, or before training: uniform within +- this (the original's start)
     ):
         super().__init__()
         if learn not in ("ema", "gradient"): raise UserError(f"learn={learn}: use ema or gradient")
@@ -188,7 +196,10 @@ class ScalarQuantiser(nn.Module):
     def update(self, z, codes, g): return torch.zeros((), device=z.device)
 
 # %% ../nbs/18_codes.ipynb #5e71ddf4
-def count_codes(codes, k):
+def count_codes(
+    codes,  # (B,L,h,w) integers below k
+    k,      # K
+):
     "(L,K) int64: how often each level's codes (B,L,h,w) occur"
     return torch.stack([torch.bincount(c.flatten(), minlength=k) for c in codes.unbind(1)])
 
@@ -202,8 +213,8 @@ def usage(
 
 # %% ../nbs/18_codes.ipynb #f573cd91
 def usage_figure(
-    counts,  # (L,K)
-    title="",
+    counts,    # (L,K)
+    title="",  # text above all
 ):
     "Codebook usage: a map of squares for each level, and all levels' shares in order"
     from mri_gen.figures import Picture
@@ -220,7 +231,11 @@ def usage_figure(
     return fig
 
 # %% ../nbs/18_codes.ipynb #dc1ba12a
-def bits_per_pixel(shape, codebook, size):
+def bits_per_pixel(
+    shape,     # (..., h, w) of the codes; several levels: as so many times h
+    codebook,  # K
+    size,      # (H,W) of the image
+):
     "Fixed-length rate of codes of `shape` (..., h, w)"
     return shape[-2] * shape[-1] * math.log2(codebook) / (size[0] * size[1])
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 # %% ../nbs/00_core.ipynb #a401f58f
 def one_line(
-    text,
+    text,       # anything; `str` makes it a text
     most=1000,  # characters; what is longer loses its middle
 ):
     "Text for a terminal or a log, whatever a file made us quote: no line breaks, no control characters, no end"
@@ -32,7 +32,9 @@ def one_line(
 class UserError(Exception):
     "Something the user can mend: the message says which file, what is wrong, what to do"
     code = 1  # exit code of the program
-    def __init__(self, text=""): super().__init__(one_line(text))
+    def __init__(self,
+        text="",  # the message
+    ): super().__init__(one_line(text))
 
 
 class Skipped(UserError):
@@ -121,7 +123,11 @@ def locked(
         fcntl.flock(f, fcntl.LOCK_EX); yield
 
 
-def write_json(path, obj, force=True):
+def write_json(
+    path,  # JSON file to write
+    obj,   # what `json` can write; of other types, their `str`
+    force=True,
+):
     "JSON, indented, records one on a line; whole or not at all"
     line = lambda r: json.dumps(r, ensure_ascii=False, default=str)
     text = "[\n" + ",\n".join(f" {line(r)}" for r in obj) + "\n]" if isinstance(obj, list) and obj else json.dumps(obj, indent=1, ensure_ascii=False, default=str)
@@ -132,7 +138,7 @@ MAX_TEXT = 2**28   # bytes of a JSON file, unpacked
 
 
 def read_json(
-    path,
+    path,         # JSON file, or a .gz of one
     kind=object,  # dict or list, where only that will do
 ):
     "JSON, also from a .gz, or a `UserError` that names the file"
@@ -147,7 +153,7 @@ def read_json(
 
 # %% ../nbs/00_core.ipynb #16a57849
 def read_rows(
-    path,
+    path,        # CSV file in UTF-8; its first line names the columns
     columns=(),  # names it must have
 ):
     "A CSV file as a list of {column: text}, or a `UserError`; what a short row lacks is \"\""
@@ -161,32 +167,42 @@ def read_rows(
     return rows
 
 
-def escapes(name):
+def escapes(
+    name,  # path with / between its parts
+):
     "True for a relative path that leads out of its folder"
     p = PurePosixPath(name)
     return p.is_absolute() or ".." in p.parts or not p.parts or "\0" in name
 
 
-def plain_name(name):
+def plain_name(
+    name,  # text
+):
     "True for what can be the name of one file: no folder in it, nothing that leads out of one, nothing unprintable"
     return name not in ("", ".", "..") and len(name.encode("utf-8", "replace")) <= 200 and name.isprintable() and not {*name} & {*"/\\"}
 
 
-def write_rows(path, rows, columns=None):
+def write_rows(
+    path,          # CSV file to write, or to replace
+    rows,          # list of dicts
+    columns=None,  # keys to write, in this order; None: those of the first row
+):
     "Write dicts as CSV, whole or not at all"
     columns = list(columns or rows[0])
     with whole(path, force=True) as p, open(p, "w", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n"); w.writeheader(); w.writerows(rows)
 
 
-def read_skipped(folder):
+def read_skipped(
+    folder,  # of results or of a run
+):
     "What `folder/skipped.csv` lists; [] where nothing was skipped"
     p = Path(folder) / "skipped.csv"
     return read_rows(p, ("subject", "file", "reason")) if p.is_file() else []
 
 
 def write_skipped(
-    folder,
+    folder,   # of results or of a run
     skipped,  # list of dicts: subject, file, reason
 ):
     "`folder/skipped.csv`, each file once; no such file where nothing was skipped"
@@ -272,17 +288,24 @@ def source_id(
     return f"{mix('source', Path(data).resolve() if data else ''):016x}"
 
 
-def generator(*key, device="cpu"):
+def generator(
+    *key,          # ints and strings
+    device="cpu",  # cpu, cuda or a torch device
+):
     "A torch generator seeded by `mix(*key)`"
     return torch.Generator(device=device).manual_seed(mix(*key))
 
 
-def numpy_generator(*key):
+def numpy_generator(
+    *key,  # ints and strings
+):
     "A NumPy generator seeded by `mix(*key)`"
     return np.random.default_rng(mix(*key))
 
 
-def seed_everything(*key):
+def seed_everything(
+    *key,  # ints and strings
+):
     "Seed Python, NumPy and torch (all devices) from `mix(*key)`; layers that draw from the global generator (dropout) follow"
     s = mix(*key)
     random.seed(s); np.random.seed(s % 2**32); torch.manual_seed(s)
@@ -301,7 +324,9 @@ def pick_device(
     return d
 
 
-def has_bf16(device):
+def has_bf16(
+    device,  # cpu, cuda or a torch device
+):
     "True where bf16 arithmetic is in the hardware: CUDA capability 8.0, or a CPU with AVX512-BF16 or AMX"
     device = torch.device(device)
     if device.type == "cuda": return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -319,7 +344,9 @@ def pick_precision(
     return name
 
 # %% ../nbs/00_core.ipynb #5889be85
-def environment(device="cpu"):
+def environment(
+    device="cpu",  # cpu, cuda or a torch device
+):
     "Versions, commit, device and threads: what `env.json` records beside each result"
     def version(p):
         try: return metadata.version(p)
@@ -337,7 +364,9 @@ def environment(device="cpu"):
 # %% ../nbs/00_core.ipynb #a22262cd
 class RunFolder:
     "One run's folder and its state: new, running, PAUSED or DONE"
-    def __init__(self, path):
+    def __init__(self,
+        path,  # folder, made where there is none
+    ):
         self.path = Path(path)
         try: (self.path / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as e: raise UserError(f"{self.path}: cannot be created ({e.strerror}); choose another --out")

@@ -356,14 +356,18 @@ class RicianNoise(Degradation):
 
 class Gain(Degradation):
     "Brightness times a factor drawn from lo..hi"
-    def __init__(self, lo=.7, hi=1.): self.lo, self.hi = lo, hi
+    def __init__(self,
+        lo=.7, hi=1.,  # bounds of the factor
+    ): self.lo, self.hi = lo, hi
     def sample(self, shape, rng): return dict(gain=float(rng.uniform(self.lo, self.hi)))
     def _apply(self, x, info): return gain(_floating(x, "Gain"), info["gain"])
 
 
 class Compose(Degradation):
     "Several degradations, one after the other; each sees the shape that the one before left"
-    def __init__(self, *steps): self.steps = steps
+    def __init__(self,
+        *steps,  # `Degradation`s, in this order
+    ): self.steps = steps
     def __call__(self, x, rng=None, info=None):
         if info is not None: return self.apply(x, info), info
         if rng is not None and not isinstance(rng, np.random.Generator): rng = numpy_generator(*(rng if isinstance(rng, tuple) else (rng,)))

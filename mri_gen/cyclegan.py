@@ -83,19 +83,34 @@ class Config(TrainConfig):
 NETWORKS, CHUNK = ("cyclegan", "png", "paired", "original", "resnet9"), 4    # CHUNK: slices at once in prediction
 
 
-def build(cfg, kinds=1):
+def build(
+    cfg,
+    kinds=1,  # kinds of slices that the discriminators are told, see `unpaired.kinds_of`
+):
     "`{name: network}` of a Config: a generator for each direction, and a discriminator for each contrast"
     make = {"original": OriginalTranslator, "resnet9": ResNetTranslator}.get(cfg.method, lambda: Translator(cfg.chs, cfg.blocks, cfg.patch, head=cfg.head))
     judge = OriginalCritic if cfg.method in ("original", "resnet9") else lambda: Critic(kinds, cfg.d_chs, cfg.spectral)
     return {k: make() for k in DIRECTIONS} | ({} if cfg.method == "paired" else {f"critic_{m}": judge() for m in CONTRASTS})
 
 
-def load_data(cfg, data=None, pattern=None):
+def load_data(
+    cfg,
+    data=None,     # see `unpaired.load_unpaired`; None: `MRI_GEN_DATA/ixi_slices`, else simulated
+    pattern=None,  # where volumes lie below `data`
+):
     "Slices of both contrasts; what an unpaired training may not see of them, `job` takes away"
     return load_unpaired(data, pattern, cfg.per_volume, cfg.simulated, ("train", "dev"))
 
 # %% ../nbs/24_cyclegan.ipynb #f3e23e8a
-def generators_loss(loop, cfg, x, at, kinds, t, b, likes):
+def generators_loss(
+    loop, cfg,
+    x,      # images of T1 and of T2, (B,1,h,w) each
+    at,     # (B,2,h,w) place of each pixel
+    kinds,  # kind of each slice, (B,) for T1 and for T2
+    t,      # tones or `told` of both, from which the brightness is guessed
+    b,      # true log brightness of both, (B,) each
+    likes,  # a lookalike of each slice in the other contrast, (B,1,h,w) each; None: none
+):
     "(loss, figures, fakes) of both generators; see `Sides.batch`"
     nets = [loop.nets[k] for k in DIRECTIONS]; critics = [loop.nets[f"critic_{m}"] for m in CONTRASTS]
     with loop.autocast(): made = [n(v, at) for n, v in zip(nets, x)]                                 # T1 -> T2, T2 -> T1
@@ -117,7 +132,11 @@ def generators_loss(loop, cfg, x, at, kinds, t, b, likes):
     return loss, {k: v / 2 for k, v in out.items()}, fakes
 
 
-def adversarial(loop, cfg, batch, pools):
+def adversarial(
+    loop, cfg,
+    batch,  # of `Sides.batch`
+    pools,  # {contrast: `Pool` of earlier fakes}
+):
     "A step of both generators, then of both discriminators on the same fakes"
     x, at, kinds, t, b, likes = batch; critics = {m: loop.raw[f"critic_{m}"] for m in CONTRASTS}
     for c in critics.values(): c.requires_grad_(False)
@@ -135,7 +154,11 @@ def adversarial(loop, cfg, batch, pools):
     return figures | {"judge": d / 2, "gap": gap / 2}
 
 
-def regression(loop, cfg, batch, pools):
+def regression(
+    loop, cfg,
+    batch,  # of `Sides.batch`, paired
+    pools,  # not used: here for the same call as `adversarial`
+):
     "A step of both generators on pairs"
     x, at, _, t, b, _ = batch; nets = [loop.nets[k] for k in DIRECTIONS]
     with loop.autocast(): made = [n(v, at) for n, v in zip(nets, x)]
@@ -161,7 +184,10 @@ def checks(
     return ({"psnr": (out["psnr_T1toT2"] + out["psnr_T2toT1"]) / 2} if pair else {}) | out
 
 
-def ways(cfg, tables):
+def ways(
+    cfg,
+    tables,  # {direction: table} of `Sides.tables`
+):
     "{direction: function of relative intensities (n,H,W)} to the other contrast, for finding lookalikes: tables, or the network that `relook` names"
     if not cfg.relook: return {d: by_table(t) for d, t in tables.items()}
     net = Converter(cfg.relook, "cpu", mirror=False)
@@ -287,7 +313,12 @@ def pretrained(weights=None, device="auto"):
     return Converter(weights, device)
 
 
-def predict(images, direction, weights=None, device="auto", sharp=False):
+def predict(
+    images,       # (N,H,W), (N,1,H,W) or (H,W) in [0,1], such a .npy file, or a volume
+    direction,    # "T1toT2" or "T2toT1"
+    weights=None, device="auto",
+    sharp=False,  # the fake alone, not mixed with the answer
+):
     "One call: see `Converter.predict`"
     return Converter(weights, device).predict(images, direction, sharp)
 
@@ -305,11 +336,17 @@ class Evaluation:
     truth: SliceSet    # pairs (N,2,H,W)
     shown: np.ndarray  # which of them `examples` holds
     examples: dict     # method -> {cell: (n,H,W)}
-    skipped: list = field(default_factory=list)
+    skipped: list = field(default_factory=list)  # dicts: what could not be read, and why
     timings: dict = field(default_factory=dict)   # method -> seconds a slice, on this machine
 
 
-def score(y, truth, w, head, cell):
+def score(
+    y,      # (N,H,W) translated, in [0,1]
+    truth,  # SliceSet of pairs (N,2,H,W)
+    w,      # channel that was wanted: 0 for T1, 1 for T2
+    head,   # dict of task, method, data and split
+    cell,   # name of the direction in the rows
+):
     "Rows of one method and direction: `score_cell` with the correlation (NCC) among them; PSNR and SSIM also by height"
     x, subjects = truth.float()[:, w], truth.column("subject"); rows = score_cell(y, x, subjects, head, cell)
     z = lambda v: (v - v.mean((1, 2), keepdims=True)) / np.maximum(v.std((1, 2), keepdims=True), 1e-9)
@@ -393,7 +430,10 @@ def companions(
     return {"floors": ({k: v for k, v in nets.items() if k != "trees"}, about("floors"))} | ({"trees": ({"trees": nets["trees"]}, about("trees"))} if "trees" in nets else {})
 
 # %% ../nbs/24_cyclegan.ipynb #ca9cefd8
-def slim(nets, meta):
+def slim(
+    nets,  # {name: weights}, as `load_weights` gives them
+    meta,  # dict that lies beside the weights
+):
     "What is shipped of a run: generators without the frozen feature network, where the same one is shipped under its own name"
     from mri_gen.baselines import Features
     eyes = [{n.removeprefix("eye."): v for n, v in nets.get(k, {}).items() if n.startswith("eye.")} for k in DIRECTIONS]

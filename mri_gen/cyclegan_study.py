@@ -24,7 +24,10 @@ from .unpaired import CONTRASTS, DIRECTIONS, load_unpaired, pairs
 PARTS = ("faults", "simulated")
 
 # %% ../nbs/24_cyclegan_study.ipynb #8867227e
-def inside(x, y, m):
+def inside(
+    x, y,  # images, (N,H,W)
+    m,     # (N,H,W) bool
+):
     "Correlation of images within masks, (N,)"
     out = []
     for a, b, k in zip(x, y, m):
@@ -32,13 +35,20 @@ def inside(x, y, m):
     return np.array(out)
 
 
-def detail(x, width=4):
+def detail(
+    x,        # (N,H,W)
+    width=4,  # standard deviation of the local mean, pixels
+):
     "Images less their local mean"
     from scipy.ndimage import gaussian_filter
     return x - gaussian_filter(x, (0, width, width))
 
 
-def head_masks(x, share=.2, close=8):
+def head_masks(
+    x,         # (N,H,W) in [0,1]
+    share=.2,  # of the 75th percentile of all that is brighter than .02
+    close=8,   # gaps up to about twice so many pixels are closed
+):
     "(N,H,W) bool: smoothed, above a share of what is usual in the head, closed by `close` pixels, filled, the largest component"
     from scipy import ndimage
     out = []
@@ -49,7 +59,9 @@ def head_masks(x, share=.2, close=8):
     return np.array(out)
 
 
-def edge_distance(a, b):
+def edge_distance(
+    a, b,  # masks, (N,H,W) bool
+):
     "Mean distance of the outlines of masks (N,H,W), both ways [pixels], (N,); NaN where a mask is empty"
     from scipy.ndimage import binary_erosion, distance_transform_edt
     out = []
@@ -60,9 +72,9 @@ def edge_distance(a, b):
 
 # %% ../nbs/24_cyclegan_study.ipynb #3c8921d5
 def faults(
-    y,     # (N,H,W) translated, in [0,1]
-    x,     # (N,2,H,W) both contrasts
-    direction,
+    y,          # (N,H,W) translated, in [0,1]
+    x,          # (N,2,H,W) both contrasts
+    direction,  # "T1toT2" or "T2toT1"
 ):
     "{fault: (N,) numbers}"
     s, w = DIRECTIONS[direction]; given, truth = x[:, s], x[:, w]; m = foreground(given); psnr = lambda a, b: -10 * np.log10(((a - b) ** 2).mean((1, 2)) + 1e-10)
@@ -71,7 +83,10 @@ def faults(
             "edge drift [pixels]": edge_distance(head_masks(y), head_masks(truth)), "edge drift of the input [pixels]": edge_distance(head_masks(given), head_masks(truth))}
 
 
-def found(f, direction):
+def found(
+    f,          # of `faults`
+    direction,  # "T1toT2" or "T2toT1"
+):
     "Sentences on what `faults` found, and what of it is wrong"
     mean = {k: float(np.nanmean(v)) for k, v in f.items()}; wrong = []
     if np.median(f["correlation with the input"] - f["correlation of truth and input"]) > .5 * (1 - mean["correlation of truth and input"]): wrong.append("looks like its input: identity collapse")
@@ -97,7 +112,10 @@ def hidden(
     return out
 
 
-def hidden_words(h, levels=(0., .005, .01, .02, .05)):
+def hidden_words(
+    h,  # of `hidden`
+    levels=(0., .005, .01, .02, .05),  # that `hidden` was given; 0 and .01 among them, 0 first
+):
     "Sentences"
     return [f"{m} there and back: " + ", ".join(f"{v:.2f} dB" + (f" with noise {l:g}" if l else "") for l, v in zip(levels, vs)) + f"; noise of .01 on the fake costs {vs[0] - vs[levels.index(.01)]:.2f} dB." for m, vs in h.items()]
 
@@ -146,7 +164,10 @@ def faults_part(
     return Part(summarise(rows), [], said + hidden_words(h), {"faults": hidden_figure(h)})
 
 
-def hidden_figure(h, levels=(0., .005, .01, .02, .05)):
+def hidden_figure(
+    h,  # of `hidden`
+    levels=(0., .005, .01, .02, .05),  # that `hidden` was given
+):
     "Quality of there and back against the noise on the fake"
     import matplotlib
     from mri_gen.figures import STYLE, Picture
@@ -158,10 +179,10 @@ def hidden_figure(h, levels=(0., .005, .01, .02, .05)):
 
 
 def simulated_part(
-    net,        # cyclegan.Converter
-    heads=3,
-    spacing=2.,  # mm, of their voxels
-    split="val",
+    net,          # cyclegan.Converter
+    heads=3,      # how many
+    spacing=2.,   # mm, of their voxels
+    split="val",  # for the records; these people are in none
 ):
     "Where the brain's outline lies in translated simulated heads, as a `Part`"
     from mri_gen.figures import grid

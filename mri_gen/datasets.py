@@ -38,9 +38,12 @@ def check_leak(
 
 # %% ../nbs/06_datasets.ipynb #530a42af
 def make_splits(
-    slices_dir,  # folder `ixi_slices` (its slices.csv gives subject, site and the original train/val)
-    heads_dir,   # folder `ixi_hh_t1_2mm`
-    seed=0, n_heldout=8, n_heads_dev=4, n_dev=43,
+    slices_dir,     # folder `ixi_slices` (its slices.csv gives subject, site and the original train/val)
+    heads_dir,      # folder `ixi_hh_t1_2mm`
+    seed=0,
+    n_heldout=8,    # people of heads_dir that are its val, and in no split of the slices
+    n_heads_dev=4,  # people of heads_dir that are dev
+    n_dev=43,       # people of the original train that become dev, those of heads_dir included
 ):
     "The rows of data/splits.csv from the data themselves"
     people = {r["subject"]: (r["site"], r["split"]) for r in read_rows(Path(slices_dir) / "slices.csv")}
@@ -85,7 +88,9 @@ def split_of(
     return next((r[name] for r in load_splits() if r["subject"] == ixi_name(subject)), None)
 
 
-def ixi_name(subject):
+def ixi_name(
+    subject,  # name, as a pattern gives it
+):
     "`IXI162` of `IXI162-HH-1548` or `IXI162_0020`: however a pattern cuts the name out, the split table finds its person"
     m = re.match(r"IXI\d{3}(?!\d)", subject)
     return m[0] if m else subject
@@ -117,7 +122,9 @@ def _check_start(b):
     if b[6] > 1 and int.from_bytes(b[8:12], "little") > 10_000: raise ValueError("its header claims to be huge")
 
 
-def read_array(path):
+def read_array(
+    path,  # .npy file
+):
     "A `.npy` file, memory-mapped, never unpickled"
     try:
         with open(path, "rb") as f: b = f.read(12)
@@ -137,7 +144,7 @@ MAX_NUMBERS = 2**28   # of one array in an .npz, which is not memory-mapped: 1 G
 
 
 def read_npz(
-    path,
+    path,   # .npz file
     names,  # of the arrays wanted; what is not there is left out
     hint,   # for the message: what to do
 ):
@@ -160,7 +167,10 @@ def read_npz(
     return out
 
 
-def save_array(path, x):
+def save_array(
+    path,  # .npy file to write
+    x,     # array
+):
     "A `.npy` file; a full disk raises an OSError that says so (numpy's own does not say why, and where the last buffer is lost, says nothing at all)"
     b = io.BytesIO(); np.save(b, x); Path(path).write_bytes(b.getbuffer())
 
@@ -225,7 +235,7 @@ class SliceSet:
 
 
 def save_slices(
-    folder,
+    folder,       # to make, whole or not at all
     slices,       # `SliceSet`; float images are stored as float16
     force=False,
 ):
@@ -256,7 +266,7 @@ def _check_chunks(path):
 
 
 def read_png(
-    path,
+    path,        # PNG file
     rgb="gray",  # "gray": channels must be equal; "modalities": three channels
 ):
     "(C,H,W) uint8, or float32 in [0,1] for 16 bit"
@@ -279,7 +289,10 @@ def read_png(
     return x[None, ..., 0]
 
 
-def read_slice(path, rgb="gray"):
+def read_slice(
+    path,        # .npy file, or else a PNG file
+    rgb="gray",  # as for `read_png`; of no effect on .npy
+):
     "One slice file, PNG or .npy: (C,H,W)"
     if Path(path).suffix != ".npy": return read_png(path, rgb)
     x = read_array(path)

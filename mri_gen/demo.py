@@ -17,13 +17,18 @@ from .core import UserError, pick_device, read_json, whole, write_json
 from .datasets import SliceSet, save_array, save_slices
 
 # %% ../nbs/36_demo.ipynb #134a9cb2
-def say(text): print(text, flush=True)
+def say(
+    text,  # one line
+): print(text, flush=True)
 
 
 DEMO = dict(seed=2026, train=5, test=4, spacing=2.0, raw=3, raw_spacing=3.0)   # seeds 0 and 1 are used in training and evaluation: never here
 
 
-def demo_folder(out, force):
+def demo_folder(
+    out,    # folder to make or to use again
+    force,  # use a folder, too, that is no demo's
+):
     "Our own demo folder, made or found; anything else is left alone unless `force`"
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "demo.json").exists() and not force: raise UserError(f"{out}: exists and is no demo folder; choose another --out or add --force (its files stay, demo files are added)")
@@ -32,21 +37,37 @@ def demo_folder(out, force):
     return out
 
 
-def once(folder, name, make):
+def once(
+    folder,  # Path
+    name,    # of the file without .json: says what was made
+    make,    # (folder) -> fills it
+):
     "A folder that `make(folder)` fills, unless it holds the file that says what was made, also by its name; (folder, is it new?)"
     if (folder / f"{name}.json").exists(): say(f"  {folder.name}: there already"); return folder, False
     make(folder); write_json(folder / f"{name}.json", DEMO)
     return folder, True
 
 
-def demo_cohort(folder, subjects, seed, spacing=None):
+def demo_cohort(
+    folder,        # Path to make
+    subjects,      # how many people
+    seed,
+    spacing=None,  # of the voxels, mm; None: that of DEMO
+):
     "A simulated cohort, made once; (folder, is it new?)"
     from mri_gen.phantom import simulate_cohort
     mm = spacing or DEMO["spacing"]
     return once(folder, f"seed-{seed}-spacing-{mm:g}-subjects-{subjects}", lambda f: simulate_cohort(f, subjects, seed, mm, force=True))
 
 
-def demo_train(slug, out, device, data=None, profile="demo", **params):
+def demo_train(
+    slug,
+    out,        # Path of the demo's folder
+    device,
+    data=None,  # folder; None: the first cohort
+    profile="demo",
+    **params,   # settings over the profile
+):
     "The demo run of a task on these data or the first cohort, labelled as what it is; returns the run folder. An older run with other settings makes room"
     import shutil
     from mri_gen.train import task_module, train_task
@@ -57,7 +78,10 @@ def demo_train(slug, out, device, data=None, profile="demo", **params):
     return run
 
 
-def demo_test_slices(cohort, folder):
+def demo_test_slices(
+    cohort,  # folder of volumes
+    folder,  # Path to save the slices in
+):
     "All test slices of a cohort as one set; nobody in it was trained on, whatever its own split says"
     from mri_gen.slices import join, volume_slices
     s = join([volume_slices(cohort, split) for split in ("train", "dev", "val")])
@@ -74,11 +98,11 @@ def shipped(slug):
 
 
 def demo_page(
-    folder,   # gets metrics.json, figures/, about.json
-    task,     # module
-    mine, e,  # Evaluation of the demo run's network, and of all others with the pictures
-    title,
-    others,   # is the shipped network among the others?
+    folder,                  # gets metrics.json, figures/, about.json
+    task,                    # module
+    mine, e,                 # Evaluation of the demo run's network, and of all others with the pictures
+    title,                   # of the section in the report
+    others,                  # is the shipped network among the others?
     region="hole", more=(),  # region that is compared, further notes
     name="unet",             # what the network is called; the demo run is unet_demo
 ):
@@ -96,7 +120,11 @@ def demo_page(
     return folder, verdicts(e.records, e.comparisons, network)
 
 
-def demo_inpaint(out, run, device):
+def demo_inpaint(
+    out,  # Path of the demo's folder
+    run,  # RunFolder of the demo training
+    device,
+):
     "Restore and score the second cohort: shipped weights, the demo run, classical methods; returns (evaluation folder, lines to print)"
     import dataclasses
     import numpy as np
@@ -116,7 +144,10 @@ def demo_inpaint(out, run, device):
     return folder, [*lines, f"restored with {'the shipped weights' if weights else 'the weights trained just now (none are shipped yet)'}; known pixels identical: {'yes' if same else 'NO'}"]
 
 
-def demo_generate(run, n=10):
+def demo_generate(
+    run,   # RunFolder of the demo training
+    n=10,  # images that each network draws
+):
     "Pictures for the page: what the shipped generator draws, beside what the demo run draws; returns lines to print"
     import time
     from mri_gen.figures import grid, png_bytes
@@ -133,14 +164,23 @@ def demo_generate(run, n=10):
 LESS = dict(steps=30, crop=(96, 96), whole=0., val_images=3, log_every=10)   # less than the profile `demo`: seconds
 
 
-def demo_preprocess(raw, folder, new):
+def demo_preprocess(
+    raw,     # folder of the raw cohort
+    folder,  # Path to make
+    new,     # was the cohort made just now? then nothing old counts
+):
     "Registration, N4 and slices of a raw cohort, once; `new`: the cohort is another one than before"
     from mri_gen.preprocess import preprocess
     if new: (folder / "made.json").unlink(missing_ok=True)
     return once(folder, "made", lambda f: preprocess(raw, f, force=True, say=lambda text: say("  " + text), n4_mm=8., n4_levels=2))[0]
 
 
-def demo_volume(out, prepared, who, net):
+def demo_volume(
+    out,       # Path of the demo's folder
+    prepared,  # Path of the preprocessed cohort
+    who,       # subject
+    net,       # `mmgan.Completer`
+):
     "T1 of one person from T2 and PD: the file, and a picture of slices beside the truth"
     from mri_gen.figures import grid
     from mri_gen.planes import extract_slices
@@ -156,7 +196,13 @@ def demo_volume(out, prepared, who, net):
     return grid(list(zip(*cut)), col_labels=list(shown), limits=(0, 1), size=1.6)
 
 
-def demo_impute(out, prepared, run, device, n=4):
+def demo_impute(
+    out,       # Path of the demo's folder
+    prepared,  # Path of the preprocessed cohort
+    run,       # RunFolder of the demo training
+    device,
+    n=4,       # slices that are scored
+):
     "Complete and score the person who was not trained on; (evaluation folder, lines to print)"
     import dataclasses, shutil
     from mri_gen import mmgan
@@ -183,7 +229,10 @@ def demo_impute(out, prepared, run, device, n=4):
 CODES = dict(steps=90, whole=0., val_images=6, val_every=90, save_every=90)   # less than the profile `demo`: seconds
 
 
-def demo_coders(out, device):
+def demo_coders(
+    out,  # Path of the demo's folder
+    device,
+):
     "(run of the autoencoder, run of the prior over its codes)"
     import shutil
     a = demo_train("vqvae", out, device, **CODES); folder = out / "runs/vqvae/prior_smoke"
@@ -191,7 +240,13 @@ def demo_coders(out, device):
     return a, demo_train("vqvae", out, device, profile="prior_smoke", autoencoder=str(a.path))
 
 
-def demo_codes(out, run, prior, device, n=12):
+def demo_codes(
+    out,    # Path of the demo's folder
+    run,    # RunFolder of the autoencoder's demo training
+    prior,  # RunFolder of the prior's
+    device,
+    n=12,   # slices that are scored
+):
     "Codes of the second cohort and back, scored; one drawn slice for each position; (evaluation folder, lines to print)"
     import dataclasses
     from mri_gen import vqvae
@@ -216,7 +271,9 @@ def demo_codes(out, run, prior, device, n=12):
     return folder, [*lines[:1], f"{len(y)} slices as codes, {t.rate(y.shape[2:]):.3f} bit a pixel, with {'the shipped weights' if weights else 'the weights trained just now (none are shipped yet)'}; decoded from the file bit for bit: {'yes' if same else 'NO'}"]
 
 # %% ../nbs/36_demo.ipynb #demotranslate
-def demo_contrasts(out):
+def demo_contrasts(
+    out,  # Path of the demo's folder
+):
     "Slices of simulated heads with both contrasts, once; training takes one of them from each person"
     from mri_gen.triples import simulated_triples
     folder = out / "simulated_contrasts"
@@ -224,7 +281,12 @@ def demo_contrasts(out):
     return folder
 
 
-def demo_translate(out, folder, run, device):
+def demo_translate(
+    out,     # Path of the demo's folder
+    folder,  # slices of both contrasts, see `demo_contrasts`
+    run,     # RunFolder of the demo training
+    device,
+):
     "Translate the people who were not trained on, both ways, and show it; lines to print"
     from mri_gen import cyclegan
     from mri_gen.figures import grid, png_bytes
@@ -237,7 +299,11 @@ def demo_translate(out, folder, run, device):
     return [f"T1 to T2 and back without pairs, {len(some)} slices each way: " + ", ".join(f"{k} {v:.1f} dB" for k, v in db.items()) + f"; the input as it is {same:.1f} dB" + ("" if "shipped weights" in nets else " (no weights are shipped yet)")]
 
 # %% ../nbs/36_demo.ipynb #demosr3d1
-def demo_upscale(out, run, device):
+def demo_upscale(
+    out,  # Path of the demo's folder
+    run,  # RunFolder of the demo training
+    device,
+):
     "Take resolution away from a test head and give it back; lines to print"
     from mri_gen import sr3d
     from mri_gen.figures import grid, png_bytes
@@ -252,8 +318,8 @@ def demo_upscale(out, run, device):
 
 # %% ../nbs/36_demo.ipynb #08795deb
 def tour(
-    out,      # folder; an existing demo is refreshed
-    force=False,
+    out,          # folder; an existing demo is refreshed
+    force=False,  # use a folder, too, that is no demo's
     device="auto",
 ):
     "Simulate, preprocess, train for seconds, restore, draw, complete, encode, report; says what it does"

@@ -18,9 +18,9 @@ from .core import UserError, generator
 @dataclass(frozen=True)
 class Schedule:
     "How much signal is left at each time; `variance` is that of the noise at the end"
-    name: str
+    name: str              # linear, cosine or product
     abar: torch.Tensor     # (T+1,) float64, from 1 at t=0 to nearly 0 at t=T
-    variance: float = 1.
+    variance: float = 1.   # c, of the noise
 
     @property
     def steps(self): return len(self.abar) - 1
@@ -69,7 +69,13 @@ def diffuse(
     return a * x0 + b * noise
 
 
-def target(s, kind, x0, noise, t):
+def target(
+    s,      # Schedule
+    kind,   # "v", "eps" or "x0"
+    x0,     # (B, ...) clean
+    noise,  # like x0, standard normal
+    t,      # int or (B,) integer times
+):
     "What a network of this kind should answer at x_t"
     if kind == "eps": return noise
     if kind == "x0": return x0
@@ -92,7 +98,12 @@ def estimates(
     return x0, (x - a * x0) / b
 
 # %% ../nbs/14_diffusion.ipynb #88a70f55
-def ddpm_step(s, x, x0, t, r,
+def ddpm_step(
+    s,               # Schedule
+    x,               # x_t, (B, ...)
+    x0,              # estimate of the clean image, like x
+    t,               # time of x, int
+    r,               # time to go to, int, below t
     z,               # standard normal, like x
     temperature=1.,  # factor on the injected noise
 ):
@@ -102,7 +113,12 @@ def ddpm_step(s, x, x0, t, r,
     return mean + temperature * math.sqrt(s.variance * beta * (1 - ar) / (1 - at)) * z
 
 
-def ddim_step(s, x0, eps, t, r,
+def ddim_step(
+    s,               # Schedule
+    x0,              # (B, ...) estimate of the clean image
+    eps,             # estimate of the noise, like x0
+    t,               # time of the estimates, int
+    r,               # time to go to, int, below t
     eta=0.,          # 0: deterministic; 1: the variance of DDPM
     z=None,          # standard normal, needed where eta > 0
     temperature=1.,  # factor on the injected noise
@@ -114,7 +130,12 @@ def ddim_step(s, x0, eps, t, r,
     return out + temperature * math.sqrt(var) * z if var else out
 
 
-def dpm_step(s, x, x0, t, r,
+def dpm_step(
+    s,          # Schedule
+    x,          # x_t, (B, ...)
+    x0,         # estimate of the clean image, like x
+    t,          # time of x, int
+    r,          # time to go to, int, below t
     last=None,  # (x0, time) of the step before; None: first order, which is DDIM
 ):
     "Multistep DPM-Solver++ of second order (Lu et al. 2022, algorithm 2), step t -> r"
@@ -153,11 +174,11 @@ def times(
 
 
 def sample_noise(
-    seed,      # of the whole set
-    which,     # numbers of the samples
-    *shape,    # of one sample
-    key=0,     # what it is for: 0 the start, k the noise of step k
-    device="cpu",
+    seed,          # of the whole set
+    which,         # numbers of the samples
+    *shape,        # of one sample
+    key=0,         # what it is for: 0 the start, k the noise of step k
+    device="cpu",  # cpu, cuda or a torch device
 ):
     "(len(which), *shape) standard normal numbers, each sample from a generator of its own"
     return torch.stack([torch.randn(*shape, generator=generator(seed, "diffusion", int(i), key)) for i in which]).to(device)
@@ -168,9 +189,9 @@ def sample(
     denoise,         # (x (B,...), t (B,)) -> answer of a network of this `kind`
     s,               # Schedule
     x,               # start, (B, ...): noise times sqrt(variance)
-    steps=50,
+    steps=50,        # calls of `denoise`, 1 to T
     sampler="ddim",  # "ddim", "ddpm" or "dpm"
-    kind="v",
+    kind="v",        # what `denoise` answers: "v", "eps" or "x0"
     eta=0.,          # of DDIM
     temperature=1.,  # factor on the injected noise: no effect on DDIM at eta 0 and on dpm
     noise=None,      # step number 1... -> standard normal like x; None: torch's global generator

@@ -35,7 +35,7 @@ class Sample:
 
 def check_rules(
     a, b,         # Samples
-    names=("reference", "set"),
+    names=("reference", "set"),  # how errors call the two
 ):
     "The rules that two samples can break, as `UserError`s: equal n, at most n/20 features, nobody on both sides"
     (n, d), m = a.features.shape, len(b)
@@ -64,7 +64,9 @@ def halves(
     return tuple(i[np.linspace(0, len(i) - 1, n).round().astype(int)] for i in out)
 
 # %% ../nbs/16_distances.ipynb #e6aec335
-def person_sums(a, b):
+def person_sums(
+    a, b,  # Samples
+):
     "(sums, counts), each (people of a, people of b): the cubic kernel summed over their images, and the number of pairs"
     def by_person(s):
         _, first, count = np.unique(np.sort(s.subjects), return_index=True, return_counts=True)
@@ -85,7 +87,11 @@ def weighted_mmd2(
     return within - 2 * ((wa @ s) * wb).sum(1) / ((wa @ c) * wb).sum(1)
 
 
-def draws(people, n_boot, *key):
+def draws(
+    people,  # how many
+    n_boot,
+    *key,    # of the random numbers: ints and strings
+):
     "(1 + n_boot, people) weights: everybody once, then resamples with at least two different people"
     k = numpy_generator("people", *key).integers(0, people, (n_boot, people))
     k = np.where((k == k[:, :1]).all(1, keepdims=True), np.arange(people), k)
@@ -121,7 +127,9 @@ def frechet(
     return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * cross)
 
 
-def frechet_distance(a, b):
+def frechet_distance(
+    a, b,  # Samples
+):
     "`frechet` of two samples that keep the rules"
     check_rules(a, b)
     return frechet(a.features, b.features)
@@ -142,7 +150,8 @@ def sees(
 def distance_table(
     reference,  # Sample of real images that no model trained on
     rows,       # {name: Sample}, `real` (other people) and `blurred real` among them
-    task, data, split, cell="all", n_boot=1000, seed=0,
+    task, data, split, cell="all",  # words for the records, as in `score_table`
+    n_boot=1000, seed=0,
 ):
     "Records of `metrics.json` for every row: kernel distance first, Frechet second; `UserError` where blurred real images do not come out worse"
     for k in ("real", "blurred real"):
@@ -160,7 +169,10 @@ def distance_table(
     return out
 
 # %% ../nbs/16_distances.ipynb #9abe05e5
-def pairwise(x, y):
+def pairwise(
+    x,  # (n,d)
+    y,  # (m,d)
+):
     "(n,m) Euclidean distances"
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     return np.sqrt(np.maximum((x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * x @ y.T, 0))
@@ -177,7 +189,11 @@ def density_coverage(
     return {"density": float(inside.sum() / (k * len(made))), "coverage": float(inside.any(1).mean())}
 
 
-def nearest(x, pool, chunk=256):
+def nearest(
+    x,          # (n,d)
+    pool,       # (m,d)
+    chunk=256,  # rows of x at a time
+):
     "(n,) distance of each row of x to its nearest row in the pool"
     return np.concatenate([pairwise(x[i:i + chunk], pool).min(1) for i in range(0, len(x), chunk)])
 
@@ -186,7 +202,7 @@ def memorised(
     made,   # (n,d) generated images or their features
     train,  # (m,d) what the generator was trained on
     held,   # (h,d) real images of people it was not trained on
-    percentile=5.,
+    percentile=5.,  # 0 to 100
 ):
     "Share of `made` nearer to a training image than the given percentile of `held` is; about percentile/100 where nothing was learned by heart"
     made, train, held = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (made, train, held))

@@ -27,13 +27,17 @@ def kind_of(
     return "export" if "export" in words else "hidden" if words & {"hide", "default_exp"} else "code"
 
 
-def parsed(code):
+def parsed(
+    code,  # Python of a cell
+):
     "Syntax tree; lines of IPython and cells that are no Python count as empty"
     try: return ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in code.splitlines()))
     except SyntaxError: return ast.parse("")
 
 
-def targets(node):
+def targets(
+    node,  # of the syntax tree
+):
     "Names that a statement defines"
     if hasattr(node, "name"): return [node.name]
     return [n.id for t in getattr(node, "targets", [getattr(node, "target", None)]) for n in ast.walk(t or ast.Pass()) if isinstance(n, ast.Name)]
@@ -42,7 +46,7 @@ def targets(node):
 @dataclass
 class Notebook:
     "One notebook: its cells, and where its symbols are defined"
-    path: Path
+    path: Path                                      # of the .ipynb
     cells: list = field(default_factory=list)       # dicts
     module: str = ""                                # "" where it exports nothing
     names: list = field(default_factory=list)       # public symbols, in the order of `__all__`
@@ -60,7 +64,9 @@ def notebooks():
     return {p.stem: read_notebook(p) for p in sorted((root() / "nbs").glob("*.ipynb"))}
 
 
-def read_notebook(path):
+def read_notebook(
+    path,  # of the .ipynb
+):
     "A `Notebook` from its file"
     nb = Notebook(Path(path), read_json(path)["cells"])
     nb.module = next((value for c in nb.cells if c["cell_type"] == "code" for word, value in DIRECTIVE.findall("".join(c["source"])) if word == "default_exp"), "")
@@ -108,7 +114,10 @@ def parameters(
     return [(s + x.arg, plain(d), notes.get(x.arg) or line.get(x.lineno) or helped.get(x.arg) or COMMON.get(x.arg, "")) for x, d, s in rows if x.arg != "self"]
 
 
-def model_fields(model, node):
+def model_fields(
+    model,  # pydantic class
+    node,   # its syntax tree
+):
     "Fields that a pydantic model itself declares"
     out = []
     for n in node.body:
@@ -121,7 +130,7 @@ def model_fields(model, node):
 
 
 def signature(
-    name,
+    name,   # of the symbol
     node,   # its syntax tree
     rows,   # of `parameters`
     code,   # of its cell
@@ -133,7 +142,9 @@ def signature(
     return flat if len(flat) <= 88 else "\n".join([f"{name}(", *(f"    {w}," for w in words), ")"])
 
 # %% ../nbs/39_docs.ipynb #e95beda1
-def used(tree):
+def used(
+    tree,  # syntax tree
+):
     "Names that code uses: {(module, name)}, module \"\" where the code does not say it, \"?\" for attributes and texts, which may mean anything"
     out, alias = set(), {}
     for n in ast.walk(tree):
@@ -172,8 +183,8 @@ def examples():
 
 
 def example(
-    module, name,
-    above=(),  # what led here: callers call each other
+    module, name,  # of the symbol
+    above=(),      # what led here: callers call each other
 ):
     "(kind, place, number of the cell, caller): where it is at work. Kind: cell, page, test, or through: the example of what calls it. Tasks are found by their names, so a name alone counts last. None: nowhere"
     if module == "cli" and name.split("_")[0] in ("download", "predict", "decode", "sample", "bench", "doctor"): return "page", "docs/reference/cli.md", 0, ""   # verbs: nothing calls them by name
@@ -239,15 +250,19 @@ def linked(
     return "\n".join(out)
 
 
-def relative(target, page): return os.path.relpath(target, PurePosixPath(page).parent).replace(os.sep, "/")
+def relative(
+    target, page,  # paths within the site
+): return os.path.relpath(target, PurePosixPath(page).parent).replace(os.sep, "/")
 
 # %% ../nbs/39_docs.ipynb #95ae3cc0
-def cell_text(text): return " ".join(text.replace("|", "\\|").split()) or "–"
+def cell_text(
+    text,  # words for a cell of a Markdown table
+): return " ".join(text.replace("|", "\\|").split()) or "–"
 
 
 def documented(
     nb,    # Notebook
-    name,
+    name,  # of the symbol
     page,  # where it will stand
 ):
     "Markdown of one symbol: heading, signature, what it does, parameters, methods, where an example is"
@@ -265,7 +280,12 @@ def documented(
     return "\n".join([*out, where(nb, name, i, page), ""])
 
 
-def where(nb, name, number, page):
+def where(
+    nb,      # Notebook
+    name,    # of the symbol
+    number,  # of the cell that defines it
+    page,    # where the line will stand
+):
     "One line: where it is at work"
     kind, place, cell, caller = example(nb.module, name) or ("", "", 0, "")
     if not kind: return ""

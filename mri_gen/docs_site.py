@@ -25,7 +25,11 @@ def results(slug):
     return re.sub(r"\]\(\.\./", "](/", "\n\n".join(said[first:next(i for i in [*starts, len(said)] if i > first)]))
 
 
-def number(slug, metric, *equals):
+def number(
+    slug,
+    metric,   # its name, e.g. psnr
+    *equals,  # words KEY=VALUE that leave one record
+):
     "One figure of a metrics.json with its interval: `{{ number mmgan psnr method=unet cell=all region=whole }}`"
     wanted = dict(e.split("=", 1) for e in equals) | {"metric": metric}
     found = [r for r in read_json(root() / f"artifacts/{slug}/metrics.json") if all(str(r[k]) == v for k, v in wanted.items())]
@@ -35,7 +39,10 @@ def number(slug, metric, *equals):
     return f"{r['mean']:.{digits}f}{' ' + unit if unit else ''}" + (f" [{r['lo']:.{digits}f}, {r['hi']:.{digits}f}]" if r["lo"] is not None else "")
 
 
-def figure(pattern, caption=""):
+def figure(
+    pattern,     # path from the top of the repository, or a glob pattern
+    caption="",  # below it; also the alternative text
+):
     "A picture of the repository by its path or pattern, the first that fits"
     found = sorted(root().glob(pattern))
     if not found: raise UserError(f"docs: no picture {pattern}")
@@ -48,10 +55,16 @@ def explorers():
     return "\n\n".join(f"### {p.stem.removeprefix('explore_').replace('_', ' ')}\n\n![The explorer in JupyterLab](/{p.relative_to(root()).as_posix()})" for p in found) or "*No pictures of them in this checkout: open them with `make lab`.*"
 
 
-def setting(slug, key): return f"{read_json(root() / f'artifacts/{slug}/config.json')[key]}"
+def setting(
+    slug,
+    key,  # name of a setting in config.json
+): return f"{read_json(root() / f'artifacts/{slug}/config.json')[key]}"
 
 
-def steps(slug, method):
+def steps(
+    slug,
+    method,  # name of the network in networks.json
+):
     "How long a shipped network was trained, in words"
     r = read_json(root() / f"artifacts/{slug}/networks.json")[method]
     return f"{r['done']['step']:,} steps of {r['config']['batch_size']}, {r['done']['seconds'] / 3600:.1f} h on {r['env']['device_name']} ({r['env']['threads']} thread{'s' if r['env']['threads'] > 1 else ''})"
@@ -75,7 +88,10 @@ def symbol_index():
 WORDS = {f.__name__: f for f in (results, number, figure, explorers, setting, steps, commands, symbol_index)}
 
 
-def filled(text, name):
+def filled(
+    text,  # Markdown
+    name,  # of the page, for messages
+):
     "Markdown with its `{{ ... }}` filled in"
     def fill(m):
         word, *args = shlex.split(m[1])
@@ -150,7 +166,9 @@ def write_pages(
     shutil.copyfile(Path(importlib.util.find_spec("ziamath").origin).parent / "fonts/STIXTwoMath-Regular.ttf", out / "assets/math.ttf")   # fetched by pages with formulas only
 
 # %% ../nbs/39_docs_site.ipynb #83d95a82
-def mathml(page):
+def mathml(
+    page,  # HTML
+):
     "HTML with the formulas that arithmatex marked as MathML"
     from latex2mathml.converter import convert
     def formula(m):
@@ -160,14 +178,20 @@ def mathml(page):
     return re.sub(r'<(div|span) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', formula, page, flags=re.S)
 
 
-def on_page_content(text, **_):
+def on_page_content(
+    text,  # HTML of a page
+    **_,   # what else MkDocs tells; not used
+):
     "Hook of MkDocs"
     return mathml(text)
 
 # %% ../nbs/39_docs_site.ipynb #3cfe462f
 class Tags(HTMLParser):
     "The start tags of a page: [(tag, {attribute: value})]"
-    def __init__(self, text): super().__init__(); self.seen = []; self.feed(text)
+    def __init__(
+        self,
+        text,  # HTML
+    ): super().__init__(); self.seen = []; self.feed(text)
     def handle_starttag(self, tag, attrs): self.seen.append((tag, dict(attrs)))
 
 

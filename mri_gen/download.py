@@ -21,7 +21,9 @@ SPARE = 64 * 2**20   # bytes that stay free, whatever we do
 INTERVAL = 10.       # seconds between two lines of progress
 
 
-def human(n):
+def human(
+    n,  # bytes
+):
     "Bytes for people: `4.8 GB`"
     k = sum(n >= x for x in (1e3, 1e6, 1e9))
     return f"{n / 1e3 ** k:.{1 if k else 0}f} {('bytes', 'kB', 'MB', 'GB')[k]}"
@@ -29,7 +31,11 @@ def human(n):
 
 class Progress:
     "`download IXI-T1.tar: 480.0/4800.0 MB speed=11.2MB/s eta=00:06:25`, a flushed line per interval, or a bar on a terminal"
-    def __init__(self, what, total, start=0):                                # bytes; `start` of them were there before
+    def __init__(self,
+        what,     # is done: the first words of each line
+        total,    # bytes; None or 0: not known
+        start=0,  # bytes that were there before
+    ):
         self.what, self.total, self.start, self.bar, self.t0, self.last = what, total, start, None, *[time.monotonic()] * 2
 
     def __enter__(self):
@@ -53,7 +59,11 @@ class Progress:
         print(f"{self.what}: {n / 1e6:.1f}/{f'{self.total / 1e6:.1f}' if self.total else '?'} MB speed={speed / 1e6:.1f}MB/s eta={left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
 
 
-def check_space(folder, need, what):
+def check_space(
+    folder,  # existing one, on the disk in question
+    need,    # bytes
+    what,    # needs them: words for the message
+):
     "`UserError` unless `need` bytes, and a little more, are free where `folder` lies"
     free = shutil.disk_usage(folder).free
     if free < need + SPARE: raise UserError(f"{folder}: {what} needs {human(need + SPARE)}, but only {human(free)} are free; free space or choose another --out (what is already there stays)")
@@ -61,7 +71,9 @@ def check_space(folder, need, what):
 # %% ../nbs/06_download.ipynb #33068366
 class _Again(Exception): "A fault that another attempt may mend"
 class _Never(Exception): "A fault of this address that no attempt will mend"
-def size_of(path): return path.stat().st_size if path.exists() else 0
+def size_of(
+    path,  # a `Path`
+): return path.stat().st_size if path.exists() else 0
 
 
 def _ask(url, start=0, timeout=30., method="GET"):
@@ -109,7 +121,10 @@ def _receive(url, part, timeout, room, anew=False):
     return start, total
 
 # %% ../nbs/06_download.ipynb #ad1be8d9
-def digest(path, kind="md5"):
+def digest(
+    path,        # a `Path`
+    kind="md5",  # name of the hash, as `hashlib` knows it
+):
     "Hash of a file, hexadecimal"
     h, n = hashlib.new(kind, usedforsecurity=False), 0
     with open(path, "rb") as f, Progress(f"check {path.name}", size_of(path)) as bar:
@@ -185,7 +200,11 @@ def _copy(src, path, bar, done):
     return [n, h.hexdigest()]
 
 
-def unpack(archive, folder, md5=""):
+def unpack(
+    archive,  # tar file, not compressed
+    folder,   # to make; must not exist
+    md5="",   # of the archive, for the record in files.json
+):
     "A tar file (with this MD5) into a folder, whole or not at all, `files.json` (name: [bytes, SHA-256]) beside its files; nothing is ever written elsewhere"
     archive, folder, files = Path(archive), Path(folder), {}
     partial = folder.with_name(folder.name + ".partial")
@@ -210,7 +229,11 @@ def unpack(archive, folder, md5=""):
     return folder
 
 
-def intact(folder, md5=None, deep=False):
+def intact(
+    folder,      # made by `unpack`, or not there
+    md5=None,    # of the archive; None: of any
+    deep=False,  # compare the files' SHA-256, too
+):
     "True: unpacked by us (from the archive with this MD5) and complete by sizes, `deep`: by hashes. False: nothing there. Else a `UserError`: nothing is deleted that may be yours"
     folder = Path(folder)
     if not folder.exists(): return False
@@ -285,7 +308,7 @@ def write_manifest(out):
 
 def download_ixi(
     out="data/ixi",
-    modalities=("T1", "T2", "PD"),
+    modalities=("T1", "T2", "PD"),  # some of T1, T2, PD
     base_url=None,  # folder of the tar files; None: the original place, by https, then http
     **how,          # keep, tries, wait, timeout: see `download` and `fetch`
 ):
@@ -299,7 +322,12 @@ def download_ixi(
     return out
 
 
-def ixi(modality=None, out=Path("data/ixi"), base_url=None, keep=False):
+def ixi(
+    modality=None,  # several of T1, T2, PD; None: all
+    out=Path("data/ixi"),
+    base_url=None,  # folder of the tar files; None: the original place
+    keep=False,     # keep the archives
+):
     "What `mri_gen download ixi` does: `download_ixi`, and a line that counts what is there"
     download_ixi(out, tuple(modality or IXI_MD5), base_url, keep=keep)
     rows = write_manifest(out)
@@ -314,7 +342,11 @@ GET = dict(
     mnist="MNIST's four idx files are at http://yann.lecun.com/exdb/mnist and its mirrors; gzipped or not, both are read")
 OASIS_SPLITS = dict(train="train", validate="dev", test="val")   # their folder -> our split
 
-def absent(name, folder, layout): return UserError(f"{folder}: {'nothing like ' + layout + ' in it' if Path(folder).is_dir() else 'no such folder, expected one with ' + layout}. {GET[name]}")
+def absent(
+    name,    # key of GET
+    folder,  # where it was looked for
+    layout,  # what was expected there: words for the message
+): return UserError(f"{folder}: {'nothing like ' + layout + ' in it' if Path(folder).is_dir() else 'no such folder, expected one with ' + layout}. {GET[name]}")
 
 
 def load_oasis(
@@ -360,7 +392,7 @@ def find_hcp(
 def find_brats(
     folder,     # MICCAI_BraTS2020_TrainingData, or a folder around it
     modalities=("T1", "T1ce", "T2", "FLAIR"),  # "seg" for the labels
-    skipped=None,
+    skipped=None,  # list that receives dicts: subject, file, reason; None: not listed
 ):
     "Volumes of BraTS20_Training_001/BraTS20_Training_001_{flair,t1,t1ce,t2,seg}.nii(.gz) as `datasets.find_volumes` gives them"
     first = min(Path(folder).rglob("BraTS20_*_flair.nii*"), default=None) if Path(folder).is_dir() else None

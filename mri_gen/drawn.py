@@ -13,15 +13,18 @@ from .axial import POSITIONS
 from .core import UserError
 
 # %% ../nbs/19_drawn.ipynb #041adcb1
-def small_means(x, side=28):
+def small_means(
+    x,        # (N,H,W)
+    side=28,  # blocks along each axis; at most as many as pixels
+):
     "(N,H,W) -> (N,side*side) means of blocks, as near to equal as the size allows"
     cut = lambda v, ax: np.stack([c.mean(ax) for c in np.array_split(v, min(side, v.shape[ax]), ax)], ax)
     return cut(cut(np.asarray(x, np.float64), 1), 2).reshape(len(x), -1)
 
 
 def position_classifier(
-    train,     # SliceSet with positions
-    ridge=10.,
+    train,      # SliceSet with positions
+    ridge=10.,  # weight of the squared coefficients
 ):
     "f((N,H,W)) -> (N,) numbers of POSITIONS"
     keep = np.isin(train.column("position"), POSITIONS)
@@ -50,14 +53,20 @@ def agreement(
     return out
 
 # %% ../nbs/19_drawn.ipynb #ba78e229
-def windows(x):
+def windows(
+    x,  # slices of any size
+):
     "(N,H,W) in [0,1] -> (4N,64,64): four windows of each slice at 112x112, all slices' first windows first"
     from mri_gen.planes import resize
     s = np.clip(resize(np.asarray(x, np.float32), (112, 112)), 0, 1)
     return np.concatenate([s[:, i:i + 64, j:j + 64] for i in (0, 48) for j in (0, 48)])
 
 
-def sample_of(features, subjects, idx):
+def sample_of(
+    features,  # (4N,d) of the windows, in the order of `windows`
+    subjects,  # (N,) names
+    idx,       # numbers of the slices that count
+):
     "`Sample` of these slices by the features of all windows (4N,d)"
     from mri_gen.distances import Sample
     n = len(features) // 4; at = np.concatenate([np.asarray(idx) + k * n for k in range(4)])
@@ -66,9 +75,13 @@ def sample_of(features, subjects, idx):
 # %% ../nbs/19_drawn.ipynb #4935edde
 def set_distances(
     real, subjects, sites,  # (N,H,W) slices of held-out people and whose they are
-    made,       # {name: (N,H,W)}: the same slices reconstructed, row by row
-    drawn=None, # (n,H,W), at least half as many, positions in equal parts one after another
-    split="val", data="", features=None, dim=8, halvings=10,
+    made,                   # {name: (N,H,W)}: the same slices reconstructed, row by row
+    drawn=None,             # (n,H,W), at least half as many, positions in equal parts one after another
+    split="val",
+    data="",                # name of the data, for the records
+    features=None,          # `baselines.Features`; None: the shipped ones, on the CPU
+    dim=8,                  # features that are used; at most a twentieth of the windows
+    halvings=10,            # random ways of halving the people
 ):
     "Records of kernel and Frechet distance from the other half of the people: means over halvings, with their range"
     from mri_gen.baselines import Features, blur
@@ -108,7 +121,9 @@ def quality(
     return records, why
 
 
-def words(records):
+def words(
+    records,  # of `quality`
+):
     "What the records of drawn slices say, in sentences"
     v = {(r["method"], r["metric"]): r["mean"] for r in records}; out = []
     if ("drawn", "position_agreement") in v: out.append(f"The classifier is right on {v['real', 'position_agreement']:.0%} of real held-out slices and takes {v['drawn', 'position_agreement']:.0%} of the drawn ones for what was asked.")

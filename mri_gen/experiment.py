@@ -59,7 +59,9 @@ def notebook_of(slug):
     return found[0]
 
 
-def parameters_of(nb):
+def parameters_of(
+    nb,  # path of an experiment notebook
+):
     "{name: type, as its parameters cell says} of a notebook"
     from papermill import inspect_notebook
     known = {k: v["inferred_type_name"] for k, v in inspect_notebook(str(nb)).items()}
@@ -128,7 +130,11 @@ class Paused(UserError): "A training stopped at its time limit, with a checkpoin
 def hours_left(): return None if SESSION.until == math.inf else max(0, SESSION.until - time.monotonic()) / 3600
 
 
-def ended(info, cfg, run):
+def ended(
+    info,  # what `fit` returned: state, step, ...
+    cfg,
+    run,   # RunFolder
+):
     "`info`, or `Paused`"
     if info["state"] != "PAUSED": return info
     SESSION.paused = f"{run.path.name}: paused at step {info['step']} of {cfg.steps}"; raise Paused(SESSION.paused)
@@ -158,7 +164,14 @@ def train_here(
     return fit_here(job, cfg, run, **kw)
 
 
-def in_processes(n, task, cfg, run, where, hours):
+def in_processes(
+    n,      # processes; the batch must be divisible by them
+    task,   # module of the task
+    cfg,
+    run,    # RunFolder
+    where,  # folder of the data, as `load_data` was given it; None: as found
+    hours,  # until it pauses; None: no limit
+):
     "The same training by `torchrun`, its lines printed here"
     run.mark(None)                                       # an old PAUSED must not pass for this session's
     with tempfile.NamedTemporaryFile("w", suffix=".json") as f:
@@ -180,7 +193,10 @@ class Part:
     figures: dict      # name -> Figure; names begin with that of the part
 
 
-def budget_words(config, net):
+def budget_words(
+    config,  # dict with steps and batch_size
+    net,     # network whose parameters are counted
+):
     "The budget behind a network: '3000 steps of 16, 0.21 M parameters'"
     return f"{config['steps']} steps of {config['batch_size']}{' after an earlier training' if config.get('start') else ''}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
 

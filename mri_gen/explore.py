@@ -25,9 +25,9 @@ from .volumes import Volume, corners, robust_scale, volume_from
 class Panel:
     "One image of a picture"
     image: object                # (H,W) numbers, or (H,W,3) uint8; None: an empty place
-    title: str = ""
+    title: str = ""              # above the image
     limits: tuple = (0., 1.)     # numbers shown as the first and the last colour
-    cmap: str = "gray"
+    cmap: str = "gray"           # colour map of matplotlib
     note: str = ""               # in the upper left corner
     units: str = ""              # of the numbers: draws a bar
     height: int = 0              # pixels on the screen; 0: that of the picture
@@ -38,14 +38,22 @@ class Panel:
 
 
 @functools.cache
-def palette(cmap): return (matplotlib.colormaps[cmap](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
+def palette(
+    cmap,  # colour map of matplotlib
+): return (matplotlib.colormaps[cmap](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
 
 
 @functools.cache
-def font(size): return ImageFont.load_default(size)
+def font(
+    size,  # pixels
+): return ImageFont.load_default(size)
 
 
-def coloured(image, limits=(0., 1.), cmap="gray"):
+def coloured(
+    image,            # (H,W) numbers, or (H,W,3) uint8: as it is
+    limits=(0., 1.),  # numbers shown as the first and the last colour
+    cmap="gray",      # colour map of matplotlib
+):
     "(H,W,3) uint8"
     x = np.asarray(image)
     if x.ndim == 3: return x
@@ -196,31 +204,49 @@ class Explorer(widgets.VBox):
         return min(tries, key=len)
 
 
-def said(e):
+def said(
+    e,  # exception
+):
     "An error in one line; what is not the user's gets its type, too"
     return " ".join(str(e).split()) if isinstance(e, UserError) else f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
-def slider(value, lo, hi, step=1, text="", wide="270px", **kw):
+def slider(
+    value,         # where it stands first
+    lo, hi,        # its ends
+    step=1,        # a whole number: an int slider, else a float one
+    text="",       # before it
+    wide="270px",  # width in CSS
+    **kw,          # to the widget
+):
     "An int or float slider, after its step"
     kind = widgets.IntSlider if isinstance(step, int) else widgets.FloatSlider
     return kind(value=value, min=lo, max=hi, step=step, description=text, layout=widgets.Layout(width=wide), **kw)
 
 
-def menu(options, value=None, text=""): return widgets.Dropdown(options=options, value=list(options)[0] if value is None else value, description=text, layout=widgets.Layout(width="270px"))
+def menu(
+    options,     # what there is to choose
+    value=None,  # first choice; None: the first option
+    text="",     # before it
+): return widgets.Dropdown(options=options, value=list(options)[0] if value is None else value, description=text, layout=widgets.Layout(width="270px"))
 
 # %% ../nbs/31_explore.ipynb #34fc1be7
 SEED, PERSON = 2031, 2
 
 
 @functools.lru_cache(2)
-def simulated(spacing=2.):
+def simulated(
+    spacing=2.,  # of the voxels, mm
+):
     "({modality: Volume}, labels (X,Y,Z): 1 CSF, 2 gray, 3 white matter)"
     from mri_gen.triples import simulated_head
     return simulated_head(PERSON, SEED, spacing)
 
 
-def as_volume(x, name="array"):
+def as_volume(
+    x,             # path, array (X,Y,Z), nibabel image or Volume
+    name="array",  # of an array, for messages
+):
     "A `Volume` from a path (.nii, .nii.gz, .npy), array, nibabel image or Volume"
     from mri_gen.datasets import read_array
     if isinstance(x, (str, Path)): x = place(x)
@@ -291,8 +317,8 @@ def _lay(image, x, top, opacity):
 
 
 def scene(
-    volume,  # Volume
-    height=300,
+    volume,      # Volume
+    height=300,  # pixels
 ):
     "The volume in 3-D by ipyniivue; None where it is not installed"
     try: from ipyniivue import NiiVue

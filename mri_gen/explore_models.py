@@ -31,7 +31,10 @@ def singly(
     finally: task.CHUNK = usual
 
 
-def decibels(y, x, where=None):
+def decibels(
+    y, x,        # answer and truth, of one shape
+    where=None,  # bool, pixels that count; None: all
+):
     "PSNR for a data range of 1; inf for equal images"
     d = np.square(np.asarray(y, np.float64) - x); d = d if where is None else d[where]
     return float(-10 * np.log10(d.mean())) if d.size and d.mean() > 0 else np.inf
@@ -66,7 +69,11 @@ def slices_of(
 
 
 @functools.lru_cache(16)
-def shipped(slug, name, *args):
+def shipped(
+    slug,   # short name of the task
+    name,   # of a class in its module, e.g. Restorer
+    *args,  # to the class
+):
     "A network with the shipped weights, read once"
     return getattr(import_module(f"mri_gen.{slug}"), name)(*args)
 
@@ -74,7 +81,14 @@ def shipped(slug, name, *args):
 ERROR = .25   # end of the scale of absolute errors, for images in [0,1]
 
 
-def known_pixels(kind, h, w, period, known, slant, number):
+def known_pixels(
+    kind,    # stripes, blocks, random or a name among `corrupt.MASKS`
+    h, w,    # image size, px
+    period,  # of stripes; greatest side of a block, px
+    known,   # share of stripes and blocks, 0 to 1
+    slant,   # of stripes: sideways movement per row, px
+    number,  # where stripes begin (in eighths of a turn), or which random mask
+):
     "A mask of the playground, True = known"
     from mri_gen.corrupt import blocks, named_mask, random_mask, slanted
     if kind == "stripes": return slanted(h, w, period, known, slant, number / 8)
@@ -121,9 +135,9 @@ def play_inpaint(
 
 # %% ../nbs/31_explore_models.ipynb #fb5575ed
 def contrasts_of(
-    source=None,  # None: simulated; a folder or dict of volumes called T1, T2, PD on one grid; or what `array_of` takes, (N,C,H,W), a channel of zeros is missing
-    wanted=("T1", "T2", "PD"),
-    n=24,         # slices of volumes, evenly spread
+    source=None,                # None: simulated; a folder or dict of volumes called T1, T2, PD on one grid; or what `array_of` takes, (N,C,H,W), a channel of zeros is missing
+    wanted=("T1", "T2", "PD"),  # channels, in their order
+    n=24,                       # slices of volumes, evenly spread
 ):
     "((N,C,H,W) float32 in [0,1], zeros where a contrast is missing; which are there)"
     from mri_gen.triples import Frame, trained_scale
@@ -140,7 +154,9 @@ def contrasts_of(
     return x.clip(0, 1), tuple(m in v for m in wanted)
 
 
-def upright(x):
+def upright(
+    x,  # (H,W)
+):
     "An axial slice as the networks know it, anterior to the right, for the eye: anterior up, and its right side on the left"
     return x[::-1, ::-1].T
 
@@ -195,7 +211,12 @@ def axial_of(
 
 class Codes:
     "Slices as codes that can be changed, and the prior that knows how likely they are"
-    def __init__(self, x, positions, weights, device):
+    def __init__(
+        self,
+        x,          # (N,H,W) float32 in [0,1], sides of at least 16
+        positions,  # low, mid, high or "" for each slice
+        weights, device,
+    ):
         self.net = shipped("vqvae", "Tokeniser", weights, device); self.positions = list(positions); self.slices = list(x); self.changed = {}
         if min(x.shape[1:]) < 16: raise UserError(f"slices of {x.shape[1]}x{x.shape[2]}: at least 16x16")
         h, w = (-(-n // self.net.cell) for n in x.shape[1:]); self.size = x.shape[1:]; self.codes = list(self.net.encode(x).reshape(len(x), self.net.levels, h, w)); self.device = device
@@ -229,7 +250,13 @@ class Codes:
         self.codes.append(c); self.slices.append(None); self.positions.append(position)
 
 # %% ../nbs/31_explore_models.ipynb #6cca79bc
-def places_of(d, level, code, most=7, reach=8):
+def places_of(
+    d,        # `Codes`
+    level,    # of the code
+    code,     # its number
+    most=7,   # pieces, at most; two of a slice
+    reach=8,  # pixels around the cell
+):
     "Up to `most` pieces of slices around cells that hold a code, one slice after the other"
     cell, out = d.net.cell, []
     for i, x in enumerate(d.slices):
@@ -310,10 +337,13 @@ def translate(
 
 # %% ../nbs/31_explore_models.ipynb #2248936e
 def restored(
-    v,         # Volume
-    lose=True, # take resolution away from it, so that the truth is known; False: it is the small one
-    side=96,   # greatest side of the large volume: the middle is taken
-    draws=3, steps=4, weights=None, device="auto", say=lambda text: None,
+    v,                      # Volume
+    lose=True,              # take resolution away from it, so that the truth is known; False: it is the small one
+    side=96,                # greatest side of the large volume: the middle is taken
+    draws=3,                # of the diffusion
+    steps=4,                # of the sampler
+    weights=None, device="auto",
+    say=lambda text: None,  # called with what comes next
 ):
     "({name: (X,Y,Z)} in units of `robust_scale`, what the sampler holds and what it would answer after each step, standard deviation, spacing)"
     from mri_gen.diffusion import sample_noise
@@ -338,7 +368,10 @@ def restored(
 def sharpen(
     data=None,   # volume with cubic voxels, see `volumes_of`; None: simulated
     lose=True,   # see `restored`
-    side=96, draws=3, steps=4, weights=None, device="auto",
+    side=96,     # greatest side of the large volume, see `restored`
+    draws=3,     # of the diffusion
+    steps=4,     # of the sampler
+    weights=None, device="auto",
 ):
     "Low, cubic, restored and truth under a wipe; the steps of the diffusion; the standard deviation of draws"
     from mri_gen.explore import PLANES

@@ -30,11 +30,15 @@ DPI, COLOURS = 85, 64  # of pictures in notebooks and model cards: half the size
 
 class Picture(Figure):
     "A Figure that shows itself in a notebook and that pyplot does not know"
-    def __init__(self, *a, **kw): super().__init__(*a, **kw); FigureCanvasAgg(self)
+    def __init__(self,
+        *a, **kw,  # of matplotlib's Figure
+    ): super().__init__(*a, **kw); FigureCanvasAgg(self)
     def _repr_png_(self): return png_bytes(self, colours=COLOURS)
 
 
-def styled(f):
+def styled(
+    f,  # function that draws
+):
     "Run `f` under `STYLE`, and leave the user's own settings alone"
     @wraps(f)
     def g(*a, **kw):
@@ -59,8 +63,8 @@ def fewer_colours(
 
 
 def png_bytes(
-    fig,
-    dpi=DPI,
+    fig,           # matplotlib Figure
+    dpi=DPI,       # pixels per inch
     colours=None,  # a palette: with 64 the file is about five times smaller (for pages, not for print)
 ):
     "The figure as a PNG; the same figure gives the same bytes"
@@ -71,14 +75,18 @@ def png_bytes(
     return b.getvalue()
 
 
-def data_uri(fig, dpi=DPI, colours=256):
+def data_uri(
+    fig,          # matplotlib Figure
+    dpi=DPI,      # pixels per inch
+    colours=256,  # of the palette; None: no palette
+):
     "`data:image/png;base64,...`, for an HTML page that is one file"
     return "data:image/png;base64," + base64.b64encode(png_bytes(fig, dpi, colours)).decode()
 
 # %% ../nbs/03_figures.ipynb #1b0bbb50
 def save_figure(
     fig, path,   # the suffix says the format: .png, .pdf, .svg, .jpg
-    dpi=150,
+    dpi=150,     # pixels per inch
     force=True,  # replace an existing file
 ):
     "Write a figure, whole or not at all"
@@ -89,7 +97,13 @@ def save_figure(
     return Path(path)
 
 # %% ../nbs/03_figures.ipynb #dc5bd6c2
-def panels(rows, cols, aspect=1., size=1.3, left=.3, right=.6, top=.25, bottom=.05, gap=.04):
+def panels(
+    rows, cols,                              # numbers of panels
+    aspect=1.,                               # height over width of a panel
+    size=1.3,                                # inches, width of a panel
+    left=.3, right=.6, top=.25, bottom=.05,  # inches, margins
+    gap=.04,                                 # inches between panels
+):
     "(Picture, array (rows, cols) of bare axes); `aspect`: height over width of a panel, `size`: its width in inches"
     h = size * aspect; w_all, h_all = left + cols * (size + gap) - gap + right, top + rows * (h + gap) - gap + bottom
     fig = Picture(figsize=(w_all, h_all)); axes = np.empty((rows, cols), object)
@@ -100,7 +114,12 @@ def panels(rows, cols, aspect=1., size=1.3, left=.3, right=.6, top=.25, bottom=.
     return fig, axes
 
 
-def bar(ax, image, label="", extend="neither"):
+def bar(
+    ax,                # axes of the panel
+    image,             # what `show` returned for it
+    label="",          # text, with the unit
+    extend="neither",  # end with an arrow, beyond which values are cut: neither, min, max or both
+):
     "A slim colour bar to the right of the panel, with its unit"
     fig, box = ax.figure, ax.get_position(); w, h = fig.get_size_inches()
     cax = fig.add_axes([box.x1 + .06 / w, box.y0 + .06 * box.height, .07 / w, .88 * box.height])
@@ -109,17 +128,27 @@ def bar(ax, image, label="", extend="neither"):
     return b
 
 
-def show(ax, image, limits, cmap="gray", note=""):
+def show(
+    ax,           # axes of the panel
+    image,        # (H,W), or (H,W,3) in [0,1]
+    limits,       # (lo, hi) of the colour scale
+    cmap="gray",  # matplotlib's name of the colour map
+    note="",      # text for the upper left corner
+):
     "One image in one panel, with a note in its corner"
     shown = ax.imshow(image, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     if note: ax.text(.03, .97, note, transform=ax.transAxes, va="top", fontsize=6.5, color="w", bbox=dict(facecolor="k", alpha=.55, pad=1, lw=0))
     return shown
 
 
-def array(x): return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+def array(
+    x,  # tensor on any device, or array
+): return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
 
 
-def span(images):
+def span(
+    images,  # list of arrays
+):
     "(min, max) over several images; a constant gets a width"
     lo, hi = min(float(np.min(x)) for x in images), max(float(np.max(x)) for x in images)
     return (lo, hi) if hi > lo else (lo, lo + 1)
@@ -127,15 +156,15 @@ def span(images):
 # %% ../nbs/03_figures.ipynb #ec4af101
 @styled
 def grid(
-    images,           # (R,C,H,W), or a list of rows of (H,W) images; None leaves a gap; (C,H,W) is one row
-    row_labels=None,
-    col_labels=None,
-    cmap="gray",
-    limits=None,      # (lo, hi) for all; None = each row's own minimum and maximum
+    images,             # (R,C,H,W), or a list of rows of (H,W) images; None leaves a gap; (C,H,W) is one row
+    row_labels=None,    # text for each row; None: none
+    col_labels=None,    # text for each column; None: none
+    cmap="gray",        # matplotlib's name of the colour map
+    limits=None,        # (lo, hi) for all; None = each row's own minimum and maximum
     units="intensity",  # label of the colour bars; None = no bars
-    title="",
-    notes=None,       # texts for the corners, rows of columns
-    size=1.3,         # inches
+    title="",           # text above all
+    notes=None,         # texts for the corners, rows of columns
+    size=1.3,           # inches
 ):
     "Small multiples with one intensity scale within each row"
     if hasattr(images, "ndim") and images.ndim == 3: images = images[None]
@@ -157,13 +186,19 @@ def grid(
     return fig
 
 # %% ../nbs/03_figures.ipynb #b441e9e0
-def nice(x):
+def nice(
+    x,  # number; 0 and below: 1e-3
+):
     "The next round number: 1, 1.5, 2, 3, 4, 5, 6, 8 or 10 times a power of ten"
     if not x > 0: return 1e-3
     p = 10.**np.floor(np.log10(x)); return float(next(k for k in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if k * p >= x * .999) * p)
 
 
-def tint(image, known, limits=(0, 1)):
+def tint(
+    image,          # (H,W)
+    known,          # (H,W) bool, False = missing
+    limits=(0, 1),  # (lo, hi): what is black and white
+):
     "(H,W,3): the image with its missing pixels in blue"
     g = np.repeat(np.clip((image - limits[0]) / (limits[1] - limits[0]), 0, 1)[..., None], 3, -1)
     return np.where(known[..., None], g, matplotlib.colors.to_rgb("#3B6FB6"))
@@ -171,17 +206,17 @@ def tint(image, known, limits=(0, 1)):
 # %% ../nbs/03_figures.ipynb #f7b2d414
 @styled
 def compare_figure(
-    truth,          # (N,H,W) or (N,1,H,W)
-    preds,          # method -> like truth
-    mask=None,      # True = known, (H,W) or (N,H,W): adds the corrupted input; PSNR and errors are those of the missing pixels
-    n=4,            # how many, spread evenly over the images
-    index=None,     # ... or exactly these
-    inputs=None,    # name -> like truth, shown first and not scored
-    labels=None,    # one for each of the N images
-    error_max=None, # end of the error scale; None = rounded 99.5th percentile
-    signed=False,   # prediction - truth around 0 instead of the absolute error
-    units="intensity",
-    size=1.15,      # inches
+    truth,              # (N,H,W) or (N,1,H,W)
+    preds,              # method -> like truth
+    mask=None,          # True = known, (H,W) or (N,H,W): adds the corrupted input; PSNR and errors are those of the missing pixels
+    n=4,                # how many, spread evenly over the images
+    index=None,         # ... or exactly these
+    inputs=None,        # name -> like truth, shown first and not scored
+    labels=None,        # one for each of the N images
+    error_max=None,     # end of the error scale; None = rounded 99.5th percentile
+    signed=False,       # prediction - truth around 0 instead of the absolute error
+    units="intensity",  # label of the colour bars of the images
+    size=1.15,          # inches
 ):
     "Inputs, predictions and truth; under them the errors, all on one stated scale"
     t = as_images(truth, "truth"); p = {k: as_images(v, k) for k, v in preds.items()}; known = None if mask is None else as_region(mask, t.shape, "mask")
@@ -221,7 +256,10 @@ def to_ras(
     return nib.orientations.apply_orientation(data, ornt), affine @ nib.orientations.inv_ornt_aff(ornt, data.shape)
 
 
-def centre(v, mm):
+def centre(
+    v,   # (X,Y,Z) array, RAS+
+    mm,  # (3,) voxel size
+):
     "RAS+ voxel at the centre of the bright ones, in a whole head (neck and all) 75 mm below its top, where the ventricles are"
     b = np.argwhere(v[::2, ::2, ::2] > v.mean()) * 2
     if not len(b): return np.array(v.shape) // 2
@@ -234,16 +272,16 @@ PLANES = (("sagittal", 0, "APSI"), ("coronal", 1, "RLSI"), ("axial", 2, "RLAP"))
 # %% ../nbs/03_figures.ipynb #04cbadde
 @styled
 def orthoview(
-    volume,         # (X,Y,Z) array, RAS+ unless `affine` says otherwise; or a Volume
-    spacing=None,   # voxel size in mm, where there is no affine
-    affine=None,    # (4,4) voxel to RAS+ mm
-    cursor=None,    # RAS+ voxel; None = `centre`
-    contour=None,   # bool like the volume, outlined
-    limits=None,    # (lo, hi); None = 0.5th and 99.5th percentile
-    units="intensity",
-    title="",
-    cmap="gray",
-    height=2.2,     # inches of the tallest plane
+    volume,             # (X,Y,Z) array, RAS+ unless `affine` says otherwise; or a Volume
+    spacing=None,       # voxel size in mm, where there is no affine
+    affine=None,        # (4,4) voxel to RAS+ mm
+    cursor=None,        # RAS+ voxel; None = `centre`
+    contour=None,       # bool like the volume, outlined
+    limits=None,        # (lo, hi); None = 0.5th and 99.5th percentile
+    units="intensity",  # label of the colour bar
+    title="",           # text above all
+    cmap="gray",        # matplotlib's name of the colour map
+    height=2.2,         # inches of the tallest plane
 ):
     "Sagittal, coronal and axial plane through the cursor, radiological, to scale in mm"
     if hasattr(volume, "affine"): affine, volume = volume.affine, volume.data
@@ -291,7 +329,7 @@ def read_curves(
 def curves(
     source,          # metrics.csv, {"step": [...], column: [...]}, or {run: metrics.csv}
     log=False,       # logarithmic loss axes
-    skip=("lr", "seconds"),
+    skip=("lr", "seconds"),  # columns left out, where `columns` is None
     columns=None,    # only these
     size=(2.4, 1.7), # inches of a panel
 ):
@@ -321,9 +359,9 @@ def curves(
 @styled
 def forest(
     records,          # of metrics.summarise or load_metrics
-    metrics=("psnr", "ssim", "gradient_ratio"),
+    metrics=("psnr", "ssim", "gradient_ratio"),  # names, see METRICS: one panel each
     region="hole",
-    ssim="uniform7",
+    ssim="uniform7",  # which SSIM: uniform7 or gauss11
     size=(2.1, .22),  # inches: width of a panel, height of a line
     **equals,         # data=..., split=..., cell=...
 ):
@@ -364,7 +402,7 @@ def spectra(
 
 # %% ../nbs/03_figures.ipynb #fb137ad4
 def save_gif(
-    path,
+    path,       # .gif
     frames,     # (N,H,W) gray or (N,H,W,3), uint8 or float in [0,1]
     fps=10,     # frames a second; GIF counts in 1/100 s
     scale=1,    # enlargement, a whole number
@@ -388,7 +426,7 @@ def save_gif(
 def save_avi(
     path,    # .avi
     frames,  # (H,W) or (H,W,3) uint8, all of one size
-    fps=10,
+    fps=10,  # frames a second, a whole number
 ):
     "Motion-JPEG AVI (Microsoft's RIFF, 1992), whole or not at all"
     import struct

@@ -105,7 +105,9 @@ def kl_normal(
     return (.5 * ((2 * log_sigma).exp() + mu.square() - 1) - log_sigma).flatten(1).sum(1)
 
 
-def kl_as_it_was(mu, log_sigma):
+def kl_as_it_was(
+    mu, log_sigma,  # (B, ...)
+):
     "What the original project added instead; kept for its reproduction only"
     mu, log_sigma = mu.float(), log_sigma.float()
     return ((2 * log_sigma).exp() + mu.square() - log_sigma - .5).flatten(1).sum(1)
@@ -203,7 +205,10 @@ def negative_elbo(
 # %% ../nbs/18_fillers.ipynb #5f1204b5
 class CriticBlock(nn.Module):
     "Residual block without normalisation, then half the size"
-    def __init__(self, a, b):
+    def __init__(self,
+        a,  # channels in
+        b,  # channels out
+    ):
         super().__init__()
         self.conv1, self.conv2, self.skip = nn.Conv2d(a, b, 3, padding=1), nn.Conv2d(b, b, 3, padding=1), nn.Conv2d(a, b, 1)
 

@@ -27,7 +27,10 @@ def fill_linear(
     return np.einsum("nrw,rh->nhw", out[:, rows], weights(rows, x.shape[1]))
 
 
-def fill_griddata(x, known):
+def fill_griddata(
+    x,      # (N,H,W)
+    known,  # (H,W) bool, False = missing
+):
     "Linear interpolation on a Delaunay triangulation, nearest pixel outside its hull (scipy)"
     from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
     from scipy.spatial import QhullError
@@ -40,7 +43,10 @@ def fill_griddata(x, known):
     return out
 
 
-def fill_harmonic(x, known):
+def fill_harmonic(
+    x,      # (N,H,W)
+    known,  # (H,W) bool, False = missing
+):
     "Membrane: each missing pixel is the mean of its four neighbours (Laplace's equation, one sparse factorisation)"
     from scipy import sparse
     from scipy.sparse.linalg import splu
@@ -53,7 +59,10 @@ def fill_harmonic(x, known):
     return out.reshape(x.shape)
 
 
-def fill_biharmonic(x, known):
+def fill_biharmonic(
+    x,      # (N,H,W)
+    known,  # (H,W) bool, False = missing
+):
     "Thin plate (scikit-image's `inpaint_biharmonic`, Damelin & Hoang 2018), the images as channels"
     from skimage.restoration import inpaint_biharmonic
     return np.moveaxis(inpaint_biharmonic(np.moveaxis(x.astype(np.float64), 0, -1), ~known, channel_axis=-1), -1, 0)
@@ -82,7 +91,9 @@ CLASSICAL = {"linear": fill_linear, "griddata": fill_griddata, "harmonic": fill_
 SIDE = 11   # pixels of the neighbourhood
 
 
-def windows(x):
+def windows(
+    x,  # (..., H, W) array
+):
     "(..., H, W) -> (..., H, W, SIDE*SIDE), zeros outside"
     x = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(SIDE // 2,) * 2] * 2)
     return np.lib.stride_tricks.sliding_window_view(x, (SIDE, SIDE), (-2, -1)).reshape(*x.shape[:-2], x.shape[-2] - SIDE + 1, x.shape[-1] - SIDE + 1, SIDE * SIDE)

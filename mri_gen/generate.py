@@ -86,7 +86,9 @@ class Autoencoder(nn.Module):
     def decode(self, z): return self.decoder(z * self.scale)
 
 
-def kl_divergence(mean, logvar):
+def kl_divergence(
+    mean, logvar,  # (N,...) mean and logarithm of the variance
+):
     "KL of N(mean, exp(logvar)) from N(0, 1), per sample: half the sum of mean^2 + var - 1 - logvar"
     return .5 * (mean ** 2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
@@ -144,7 +146,12 @@ def job(
     return Job(nets, {"unet": adamw(nets["unet"], cfg)}, step, len(train), validate, preview, meta=meta, skipped=data.skipped)
 
 
-def autoencoder_job(cfg, nets, train, held, meta):
+def autoencoder_job(
+    cfg, nets,
+    train,  # DeviceData, training slices
+    held,   # (n,1,64,64) dev slices in [-1,1], on the device
+    meta,   # dict that is kept beside the weights
+):
     "Autoencoder: absolute error and a weak prior; keeps the standard deviation of its latents"
     def step(loop, idx):
         net, x = loop.raw["autoencoder"], train.batch(idx) * 2 - 1
@@ -196,7 +203,13 @@ class Generator:
         return ((z if pixel else self.nets["autoencoder"].decode(z)).clamp(-1, 1) / 2 + .5).float().cpu()
 
 
-def check_sampling(num_samples, num_inference_steps, batch_size, scheduler, temperature, eta, init_temperature):
+def check_sampling(
+    num_samples, num_inference_steps, batch_size,  # at least 1
+    scheduler,         # ddim, ddpm or dpm
+    temperature,       # 0 to 2, see `generate`
+    eta,               # 0 to 2; other than 0 for ddim only
+    init_temperature,  # 0 to 2
+):
     "`UserError` for what cannot be, a warning for what has no effect"
     for k, v in dict(num_samples=num_samples, num_inference_steps=num_inference_steps, batch_size=batch_size).items():
         if v < 1: raise UserError(f"{k}={v}: at least 1")
@@ -210,7 +223,14 @@ def check_sampling(num_samples, num_inference_steps, batch_size, scheduler, temp
 # %% ../nbs/20_generate.ipynb #c1b77076
 def generate(
     out,                     # folder to make: images.npz["images"] (N,1,64,64) float32 in [0,1], png/00000.png ..., settings.json
-    num_samples=2048, num_inference_steps=50, batch_size=64, scheduler="ddim", temperature=1., seed=42, eta=0., init_temperature=1.,
+    num_samples=2048,        # images to draw
+    num_inference_steps=50,  # steps of the sampler
+    batch_size=64,           # images at once; an interrupted call loses at most so many
+    scheduler="ddim",        # ddim, ddpm or dpm (DPM-Solver++)
+    temperature=1.,          # 0 to 2, factor on the noise that ddpm, or ddim with eta, injects
+    seed=42,
+    eta=0.,                  # of ddim, 0 to 2; 0: no noise is injected
+    init_temperature=1.,     # 0 to 2, factor on the noise that sampling starts from
     weights=None, device="auto", force=False,
     progress=None,           # called with (images done, images in all)
 ):
@@ -240,7 +260,10 @@ def generate(
     return out
 
 
-def save_images(folder, images):
+def save_images(
+    folder,  # has a folder png/ already
+    images,  # (N,1,64,64) float32 in [0,1]
+):
     "images.npz and png/"
     from PIL import Image
     np.savez_compressed(folder / "images.npz", images=images)
@@ -253,12 +276,16 @@ class Evaluation:
     records: list      # of `metrics.json`
     truth: SliceSet    # held-out slices
     predictions: dict  # row -> (n,64,64) images
-    comparisons: list = field(default_factory=list)
-    rows: list = field(default_factory=list)
-    skipped: list = field(default_factory=list)
+    comparisons: list = field(default_factory=list)  # empty: sets of images are not compared in pairs
+    rows: list = field(default_factory=list)  # empty: an image that was drawn has no truth
+    skipped: list = field(default_factory=list)  # dicts: what could not be read, and why
 
 
-def simulated_planes(people, n, split="val"):
+def simulated_planes(
+    people,  # at least so many in the split
+    n,       # planes of each person
+    split="val",
+):
     "n random sagittal planes of so many simulated people, none of whom any network was trained on"
     from itertools import count
     site = lambda k: [str(i % 3) for i in range(k)]
@@ -266,7 +293,12 @@ def simulated_planes(people, n, split="val"):
     return simulated_slices(k, split, (n, 0), seed=1, cut=CUT | dict(warp_mm=0.))
 
 
-def real_planes(split, n, data=None, pattern=None):
+def real_planes(
+    split,
+    n,             # planes of each person
+    data=None,     # see `slices.sources`; None: `MRI_GEN_DATA`, else simulated people
+    pattern=None,  # where volumes lie below `data`
+):
     "n random sagittal planes of everybody in a split, cut like training images but not bent; of four simulated people where there are no others"
     src, cut = sources(data), CUT | dict(warp_mm=0.)
     if "array" in src:
@@ -277,7 +309,10 @@ def real_planes(split, n, data=None, pattern=None):
     return s
 
 
-def halvings(people, most=35):
+def halvings(
+    people,   # names
+    most=35,  # at most so many ways
+):
     "Ways of splitting people into two equal halves, each once; at most so many, evenly spread"
     from itertools import combinations
     people = sorted(people); k = len(people) // 2; people = people[:2 * k]
@@ -286,10 +321,14 @@ def halvings(people, most=35):
     return [(w, tuple(p for p in people if p not in w)) for w in (ways[i] for i in np.linspace(0, len(ways) - 1, min(most, len(ways))).astype(int))]
 
 
-def intensity_distance(a, b): return float(np.abs(np.sort(a.ravel())[:: max(1, a.size // 20000)][:20000] - np.sort(b.ravel())[:: max(1, b.size // 20000)][:20000]).mean())
+def intensity_distance(
+    a, b,  # two sets of images, of the same size and range
+): return float(np.abs(np.sort(a.ravel())[:: max(1, a.size // 20000)][:20000] - np.sort(b.ravel())[:: max(1, b.size // 20000)][:20000]).mean())
 
 
-def spectrum(x):
+def spectrum(
+    x,  # (n,H,W)
+):
     "Mean power at 0 to 0.5 cycles a pixel, 33 rings, dB, of (n,H,W)"
     h, w = x.shape[1:]
     r = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.fftfreq(w)[None]); ring = np.minimum((r * 64).round().astype(int), 33)
@@ -298,9 +337,13 @@ def spectrum(x):
 
 
 def quality(
-    sets,      # {row: (images (n,64,64) in [0,1], subjects (n,) or None)}, "real" (held-out people, several images each) among them
-    train,     # (m,64,64) training images
-    split, data, features=None, dim=8, most=35,
+    sets,           # {row: (images (n,64,64) in [0,1], subjects (n,) or None)}, "real" (held-out people, several images each) among them
+    train,          # (m,64,64) training images
+    split,
+    data,           # name of the data, for the records
+    features=None,  # `baselines.Features`; None: the shipped ones, on the CPU
+    dim=8,          # features that are used; at most a twentieth of the images
+    most=35,        # halvings of the real people, at most
 ):
     "Records of every row: means over the halvings of the real people, with their 2.5th and 97.5th percentiles"
     from mri_gen.baselines import Features, blur
@@ -367,7 +410,9 @@ CARD = dict(
 )
 
 
-def verdicts(records):
+def verdicts(
+    records,  # of `quality`
+):
     "What the figures say, in sentences, against the bars that were set before"
     get = lambda k, m: next((r["mean"] for r in records if r["method"] == k and r["metric"] == m), None)
     near = next(r for r in records if r["method"] == "real" and r["metric"] == "kernel_distance"); kd = get("generated", "kernel_distance")
@@ -379,7 +424,11 @@ def verdicts(records):
     return out + ([f"Ten steps of DPM-Solver++ reach a Fréchet distance of {fast:.3f}, fifty of DDIM {get('generated', 'frechet_distance'):.3f}, ten of DDIM {get('generated, ddim 10', 'frechet_distance'):.3f}."] if fast is not None else [])
 
 
-def nearest_figure(images, train, n=8):
+def nearest_figure(
+    images,  # (N,64,64) generated
+    train,   # (m,64,64) training images
+    n=8,     # how many are shown, the first ones
+):
     "Generated images over the training images nearest to them"
     from mri_gen.distances import pairwise
     from mri_gen.figures import grid
@@ -387,7 +436,9 @@ def nearest_figure(images, train, n=8):
     return grid([images[:n], train[at], images[:n] - train[at]], row_labels=["generated", "nearest training image", "difference"])
 
 
-def pictures(e):
+def pictures(
+    e,  # Evaluation
+):
     "name -> Figure, for the card and the report"
     from mri_gen.figures import Picture, grid, styled
     show = {k: v[np.linspace(0, len(v) - 1, 10).astype(int)] for k, v in e.predictions.items()}

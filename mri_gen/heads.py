@@ -43,7 +43,9 @@ class VolumeSet:
         return VolumeSet([self.volumes[i] for i in keep], [self.table[i] for i in keep], self.skipped)
 
 
-def fingerprint(s):
+def fingerprint(
+    s,  # VolumeSet
+):
     "Hash of a volume set's voxels"
     return f"{mix_arrays(*(v.data for v in s.volumes)):016x}"
 
@@ -61,7 +63,12 @@ def sound(
     return [r for r in rows if r["subject"] not in bad]
 
 # %% ../nbs/18_heads.ipynb #141b02fc
-def find_heads(folder, pattern=None, modality="T1", skipped=None):
+def find_heads(
+    folder,        # of volumes
+    pattern=None,  # where they lie below it; None: HCP and BraTS are known, else that of `find_volumes`
+    modality="T1",
+    skipped=None,  # list that receives dicts: subject, file, reason; None: not listed
+):
     "Volumes of one modality as `find_volumes` gives them; HCP (MNINonLinear, T1w) and BraTS (BraTS20_*) folders as they come"
     p = Path(folder); skipped = [] if skipped is None else skipped
     if pattern is None and p.is_dir():
@@ -122,13 +129,13 @@ def prepare(
 class Pieces:
     "Cubes of heads: `batch(indices)`"
     def __init__(self,
-        s,           # VolumeSet
-        r,           # `Resolution`
-        side=48,     # of a cube, voxels of the large volume; a multiple of the factor
-        many=512,    # places in each volume
-        head=.3,     # least share of a cube that is head, where a volume has such cubes
+        s,             # VolumeSet
+        r,             # `Resolution`
+        side=48,       # of a cube, voxels of the large volume; a multiple of the factor
+        many=512,      # places in each volume
+        head=.3,       # least share of a cube that is head, where a volume has such cubes
         coarse=False,  # also the heads at half the resolution
-        device="cpu",
+        device="cpu",  # cpu, cuda or a torch device
     ):
         self.large, self.guess, self.coarse, self.side, places = [], [], [], side, []
         half = Resolution("mean", 2)

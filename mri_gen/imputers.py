@@ -32,7 +32,10 @@ def scenario_name(
     return ",".join(m for m, a in zip(MODALITIES, available) if a)
 
 
-def cell_name(available, channel):
+def cell_name(
+    available,  # three of 0 and 1
+    channel,    # the missing one: 0 T1, 1 T2, 2 PD
+):
     "`T2,PD->T1`"
     return f"{scenario_name(available)}->{MODALITIES[channel]}"
 
@@ -55,8 +58,8 @@ CURRICULA = {"none": ((1., 0),), "two_phases": ((19 / 60, 3), (1., 0)), "four_ph
 
 
 def first_scenario(
-    curriculum,  # name, or phases (until, first)
-    step, steps,
+    curriculum,   # name, or phases (until, first)
+    step, steps,  # 0-based, of how many
 ):
     "Index of the first scenario that may be drawn at this step (0-based)"
     phases = CURRICULA[curriculum] if isinstance(curriculum, str) else curriculum
@@ -72,7 +75,9 @@ def draw_scenarios(
     return table[(u * len(table)).long().clamp(max=len(table) - 1)]
 
 # %% ../nbs/18_imputers.ipynb #cef1e183
-def bounded(y):
+def bounded(
+    y,  # tensor
+):
     "Clipped to [0,1], exactly; the gradient passes as if it were not (Bengio et al. 2013)"
     return y.clamp(0, 1) if not y.requires_grad else y.clamp(0, 1).detach() + (y - y.detach())
 
@@ -86,7 +91,9 @@ def keep(
     return torch.where(m[:, :, None, None] > 0, x, y)
 
 # %% ../nbs/18_imputers.ipynb #17606269
-def place(x):
+def place(
+    x,  # (B,C,H,W), of which only size and device count
+):
     "(B,2,H,W): row and column in [-1,1]"
     axes = [torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None].expand(len(x), -1, -1, -1)
@@ -95,7 +102,9 @@ def place(x):
 TONES, LEVELS, BANDS = 32, (.1, .5, .9, .99), ((1., 20.), (2., 15.), (4., 12.), (8., 10.), (16., 8.))   # bins of a slice's histogram, its quantiles within the head; (width [pixels], gain) of band-pass images
 
 
-def bands(x):
+def bands(
+    x,  # (B,C,H,W) in [0,1]
+):
     "(B, C len(BANDS), H, W): differences of Gaussians, each scaled to a spread of about 1"
     out, last = [], x
     with torch.autocast(x.device.type, enabled=False):
@@ -177,7 +186,11 @@ class Imputer(nn.Module):
 # %% ../nbs/18_imputers.ipynb #540354b1
 class PlainUNet(nn.Module):
     "What one would try first: a U-Net on the images (zeros where missing) and the availability, nothing else"
-    def __init__(self, chs=(64, 128, 256), blocks=1, patch=4):
+    def __init__(self,
+        chs=(64, 128, 256),  # channels at each resolution
+        blocks=1,            # residual blocks per resolution and direction
+        patch=4,             # side of the patches that are folded into channels
+    ):
         super().__init__()
         self.unet = UNet(6, 3, chs, blocks, patch=patch); self.unet.out[-1].reset_parameters()
 
@@ -242,7 +255,11 @@ class PatchGAN(nn.Module):
         return self.body(torch.cat([y, c, *([m[:, :, None, None].expand_as(y)] if self.tell else [])], 1)).float()
 
 
-def condition(x, m, kind="available"):
+def condition(
+    x,                 # (B,3,H,W) with all channels
+    m,                 # (B,3) 1 = available
+    kind="available",  # available or truth
+):
     "What the discriminator is shown beside the image: the available channels of x and zeros, or (as in the original) all of x"
     return keep(torch.zeros_like(x), x, m) if kind == "available" else x
 
@@ -276,7 +293,12 @@ def missing_loss(
     return ((e * (1 - m)).sum(1) / (1 - m).sum(1)).mean()
 
 
-def spread_loss(y, s, x, m):
+def spread_loss(
+    y,  # (B,3,H,W)
+    s,  # (B,3,H,W) spread
+    x,  # (B,3,H,W) truth
+    m,  # (B,3) 1 = available
+):
     "Negative log-likelihood of the error under a Laplace distribution of scale s, over missing channels, 0-d; teaches the spread, not the image"
     s = torch.where(m[:, :, None, None] > 0, 1., s)
     e = ((y.detach() - x).abs() / s + s.log()).mean((2, 3))
@@ -284,14 +306,20 @@ def spread_loss(y, s, x, m):
 
 
 @torch.no_grad()
-def accuracy(real, fake, m):
+def accuracy(
+    real, fake,  # (B,3,h,w) verdicts
+    m,           # (B,3) 1 = available
+):
     "Share of right verdicts (cut at 1/2) on real and on synthesised channels, mean of both: .5 is guessing"
     w = (1 - m)[:, :, None, None].expand_as(fake)
     return .5 * (((real > .5) * w).sum() + ((fake < .5) * w).sum()) / w.sum()
 
 
 @torch.no_grad()
-def gap(real, fake, m):
+def gap(
+    real, fake,  # (B,3,h,w) verdicts
+    m,           # (B,3) 1 = available
+):
     "Mean verdict on real minus mean verdict on synthesised channels, 0-d: 1 where the discriminator knows, 0 where it knows nothing (then `accuracy` is .5, too, however it came about)"
     w = (1 - m)[:, :, None, None].expand_as(fake)
     return ((real - fake) * w).sum() / w.sum()

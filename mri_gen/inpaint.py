@@ -130,13 +130,20 @@ def augment(
     return rician(x, cfg.rician * sd, noise).clamp(0, 1), m.to(x.dtype)
 
 
-def hole_loss(y, x, m, kind="psnr"):
+def hole_loss(
+    y, x,         # answer and truth, (B,1,H,W)
+    m,            # (B,1,H,W) 1 = known
+    kind="psnr",  # psnr, mse, l1, charbonnier or sum_mse
+):
     "Loss on missing pixels, mean over samples; `sum_mse`: the original's, over all pixels and samples"
     if kind == "sum_mse": return (y.float() - x).square().sum()
     return (psnr_loss(y, x, 1 - m) if kind == "psnr" else pixel_loss(y, x, 1 - m, kind)).mean()
 
 # %% ../nbs/21_inpaint.ipynb #180b306a
-def regression(loop, cfg, batch):
+def regression(
+    loop, cfg,
+    batch,  # () -> truth and mask, (B,1,H,W) each
+):
     "A step of unet and original_unet"
     x, m = batch()
     with loop.autocast(): y = loop.nets[cfg.method](x, m)
@@ -145,7 +152,10 @@ def regression(loop, cfg, batch):
     return {"loss": loss}
 
 
-def variational(loop, cfg, batch):
+def variational(
+    loop, cfg,
+    batch,  # () -> truth and mask, (B,1,H,W) each
+):
     "A step of vae and original_vae"
     net, (x, m) = loop.nets[cfg.method], batch()
     eps = loop.draw("eps", *net.noise_shape(*x.shape[2:]), normal=True)
@@ -158,7 +168,10 @@ def variational(loop, cfg, batch):
     return {"loss": loss, "kl": kl}
 
 
-def adversarial(loop, cfg, batch):
+def adversarial(
+    loop, cfg,
+    batch,  # (k) -> truth and mask, (B,1,H,W) each; another k: degraded anew
+):
     "A step of wgan: `n_critic` updates of the critic, one of the generator"
     gen, critic, off = loop.nets["wgan"], loop.nets["critic"], torch.autocast(loop.device.type, enabled=False)
     draw = lambda name, x: loop.draw(name, *gen.noise_shape(*x.shape[2:]), normal=True) if cfg.noise else None
@@ -182,7 +195,11 @@ def adversarial(loop, cfg, batch):
 STEPS = {"unet": regression, "original_unet": regression, "vae": variational, "original_vae": variational, "wgan": adversarial}
 
 # %% ../nbs/21_inpaint.ipynb #7927ec47
-def optimiser(net, cfg, factor=1.):
+def optimiser(
+    net,        # network to train
+    cfg,
+    factor=1.,  # on the learning rate of `cfg`
+):
     "AdamW, or Adam with L2 decay; `factor` on the learning rate"
     opt = adamw(net, cfg) if cfg.optimiser == "adamw" else torch.optim.Adam(net.parameters(), cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     for g in opt.param_groups: g["lr"] *= factor
@@ -286,7 +303,12 @@ def pretrained(weights=None, device="auto"):
     return Restorer(None, weights, device)
 
 
-def predict(images, mask="auto", method=None, weights=None, device="auto"):
+def predict(
+    images,       # (N,H,W) or (N,1,H,W) in [0,1] (uint8: divided by 255), or a .npy file
+    mask="auto",  # "auto", or 1 = known, (H,W) or (N,H,W); see `check_mask`
+    method=None,  # one of NETWORKS, "ridge" or one of CLASSICAL; None: what the weights say
+    weights=None, device="auto",
+):
     "One call: see `Restorer`"
     return Restorer(method, weights, device).predict(images, mask)
 
@@ -380,7 +402,10 @@ CARD = dict(
 )
 
 
-def slim(nets, meta):
+def slim(
+    nets,  # {name: weights}, as `load_weights` gives them
+    meta,  # dict that lies beside the weights
+):
     "What is shipped of a run: the generator of a WGAN without its critic"
     return {k: n for k, n in nets.items() if k != "critic"}, meta
 

@@ -76,7 +76,10 @@ def scores(
     return rows
 
 
-def some(s, n):
+def some(
+    s,  # SliceSet with data and plane
+    n,  # slices of each kind, at most; 0: all
+):
     "At most n slices of each kind, evenly spread; 0: all"
     if not n: return s
     kinds = list(zip(s.column("data"), s.column("plane")))
@@ -86,7 +89,7 @@ def some(s, n):
 # %% ../nbs/21_inpaint_study.ipynb #b40ce74e
 def heat(
     tables,    # {title: (values (R,C), rows, columns, reference (C,))}
-    unit="dB above the best classical",
+    unit="dB above the best classical",  # beside the colour bar
 ):
     "Annotated matrices, coloured by value minus reference -> Figure"
     import matplotlib
@@ -103,7 +106,11 @@ def heat(
     return fig
 
 
-def by_mask(records, methods, masks):
+def by_mask(
+    records,  # of `metrics.summarise`; their cells name the mask
+    methods,  # rows of the tables
+    masks,    # columns of the tables
+):
     "(`heat` tables of the PSNR, one for each kind of slice; {(kind, mask): (best classical method, dB)})"
     psnr = {(r["data"], r["cell"], r["method"]): r["mean"] for r in records if r["metric"] == "psnr"}
     kinds = list(dict.fromkeys((d, c.rpartition(", ")[0]) for d, c, _ in psnr)); tables, best = {}, {}
@@ -119,12 +126,19 @@ def by_mask(records, methods, masks):
 PARTS = ("methods", "generated", "matrix", "masks", "calibration", "wgan")
 
 
-def cost(r):
+def cost(
+    r,  # `inpaint.Restorer`
+):
     "The budget behind a network in words; empty for what was not trained by steps"
     return budget_words(r.meta["config"], r.net) if "config" in getattr(r, "meta", {}) else ""
 
 
-def keep(study, part, found, nets):
+def keep(
+    study,  # Study
+    part,   # its name, one of PARTS
+    found,  # Part
+    nets,   # {method: `inpaint.Restorer`}
+):
     "Save a part of this study; the budgets are those of `nets`: {method: Restorer}"
     return save_part(study.out, part, found, {k: cost(r) for k, r in nets.items()}, PARTS)
 
@@ -132,16 +146,16 @@ def keep(study, part, found, nets):
 @dataclass
 class Study:
     "Where it lies, what it may cost, which data and which networks are given"
-    out: Path
-    budget: Budget
+    out: Path                    # run folder; trainings lie in its study/
+    budget: Budget               # what a variant may cost
     data: str | None = None      # to train on, see `slices.sources`
-    pattern: str | None = None
+    pattern: str | None = None   # where volumes lie below `data`
     weights: tuple = ()          # of networks that are not trained here: names, files, runs
     generated: str = ""          # images.npz or a folder of generated images
     held: object = None          # SliceSet to score on; None: `slices.test_slices`
-    split: str = "val"
-    device: str = "auto"
-    quiet: bool = False
+    split: str = "val"           # who is scored: val, or dev for choices
+    device: str = "auto"         # auto, cpu, cuda or a torch device
+    quiet: bool = False          # trainings say nothing
 
     def __post_init__(self):
         self.out = Path(self.out); self.given = [inpaint.Restorer(None, w, self.device) for w in self.weights]
@@ -181,7 +195,10 @@ class Study:
 COMPARED = ("unet", "vae", "wgan", "original_unet", "original_vae")
 
 
-def methods(study, ridge=None):
+def methods(
+    study,       # Study
+    ridge=None,  # (images, mask) -> images; None: the shipped one
+):
     "Every kind of network, with the classical methods and the ridge, under the mask of the test set: PSNR, SSIM, MAE with paired tests against the U-Net, curves, pictures, seconds an image"
     from mri_gen.figures import compare_figure, curves, forest
     nets = {m: study.network(m) for m in COMPARED}; truth, took, shown = study.truth(*nets.values()), {}, {}
@@ -205,13 +222,17 @@ def methods(study, ridge=None):
     return keep(study, "methods", Part(records, tests, said, figures), nets)
 
 # %% ../nbs/21_inpaint_study.ipynb #8ad8d204
-def sagittal(s):
+def sagittal(
+    s,  # SliceSet
+):
     "Sagittal slices, of real people where there are any"
     plane = s.column("plane") == "sagittal"; real = plane & (s.column("data") != "simulated")
     return s.subset(real if real.any() else plane) if plane.any() else s
 
 
-def drawn_images(study):
+def drawn_images(
+    study,  # Study
+):
     "Path of the generated images: named, or drawn by the shipped generator; None, with a message, where there is neither"
     if study.generated: return str(study.generated)
     to, n = study.out / "study/drawn", study.budget.images
@@ -224,7 +245,9 @@ def drawn_images(study):
     return str(to)
 
 
-def generated(study):
+def generated(
+    study,  # Study
+):
     "The small U-Net taught by generated images, by real ones, by both; None where there are no generated ones"
     from mri_gen.figures import curves, forest
     if (path := drawn_images(study)) is None: return None
@@ -240,7 +263,9 @@ def generated(study):
     return keep(study, "generated", Part(summarise(rows), tests, said, figures), nets)
 
 # %% ../nbs/21_inpaint_study.ipynb #6adb2a6b
-def matrix(study):
+def matrix(
+    study,  # Study
+):
     "PSNR in the holes of small U-Nets, train mask x test mask, beside the best classical method of each column"
     b = study.budget
     nets = {f"unet, {m}": study.unet("unet" if m == "mixed" else f"unet-{m}", masks=m) for m in b.train_masks}
@@ -257,14 +282,14 @@ def matrix(study):
 
 # %% ../nbs/21_inpaint_study.ipynb #4d0bf538
 def mask_table(
-    data=None,         # see `slices.sources`
-    split="val",       # "dev" for choices, "val" for reports
-    weights=None,      # of one network, see `find_weights`; None: the shipped one
-    masks=tuple(MASKS),
-    scored=0,          # slices of each kind; 0: all
+    data=None,           # see `slices.sources`
+    split="val",         # "dev" for choices, "val" for reports
+    weights=None,        # of one network, see `find_weights`; None: the shipped one
+    masks=tuple(MASKS),  # names, see `corrupt.MASKS`
+    scored=0,            # slices of each kind; 0: all
     device="auto",
-    pattern=None,
-    study=None,        # the Study that asks: its network, its slices
+    pattern=None,        # where volumes lie below `data`
+    study=None,          # the Study that asks: its network, its slices
 ):
     "Part: the network, the ridge where one is shipped, and the classical methods under every mask; the cell of a record is the mask"
     net = study.main() if study else inpaint.Restorer(None, weights, device)
@@ -283,13 +308,17 @@ def mask_table(
     return Part(records, tests, said, {"masks": heat(tables)})
 
 
-def masks(study):
+def masks(
+    study,  # Study
+):
     "`mask_table` as a part: the given network, else the study's small U-Net"
     net = study.main()
     return keep(study, "masks", mask_table(masks=study.budget.test_masks, study=study), {net.method: net})
 
 # %% ../nbs/21_inpaint_study.ipynb #23a35b5e
-def calibrate(study):
+def calibrate(
+    study,  # Study
+):
     "Calibration of vae, wgan and an ensemble of U-Nets (those given, where there are at least two)"
     unets = [r for r in study.given if r.method == "unet"]
     if len(unets) < 2: unets = [study.network("unet", s) if s else study.unet() for s in range(study.budget.seeds)]
@@ -308,7 +337,9 @@ def calibrate(study):
     return keep(study, "calibration", Part(summarise(rows), [], said, {"calibration": calibration_figure(pooled)}), nets | {ensemble: unets[0]})
 
 # %% ../nbs/21_inpaint_study.ipynb #3163b8ce
-def wgan(study):
+def wgan(
+    study,  # Study
+):
     "The GAN over several seeds: variance in the holes over the truth's while training (dev) and at its end (held-out people), PSNR, the critic's distance and penalty"
     from mri_gen.figures import curves, read_curves
     nets = {f"wgan, seed {s}": study.network("wgan", s) for s in range(study.budget.seeds)}; truth = study.truth(*nets.values())

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def zero_(layer):
+def zero_(
+    layer,  # module, changed in place
+):
     "Start a layer at zero, so that the branch it ends is the identity at first"
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
@@ -30,7 +32,9 @@ def group_norm(
     return nn.GroupNorm(math.gcd(8, ch), ch)
 
 
-def count_parameters(net):
+def count_parameters(
+    net,  # module
+):
     "Number of trained parameters"
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 

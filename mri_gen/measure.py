@@ -36,7 +36,11 @@ def as_tensor(
     return x
 
 
-def as_images(x, name="images", dims=2):
+def as_images(
+    x,              # as for `as_tensor`
+    name="images",  # how errors call it
+    dims=2,
+):
     "The same as a float64 array"
     return as_tensor(x, name, dims, "cpu").numpy()
 
@@ -44,8 +48,8 @@ def as_images(x, name="images", dims=2):
 def region_tensor(
     mask,   # bool or 0/1, (*spatial) or (N, *spatial) or (N, 1, *spatial); None = whole
     shape,  # (N, *spatial)
-    name="region",
-    device="cpu",
+    name="region",  # how errors call it
+    device="cpu",  # of the result: cpu, cuda or a torch device
 ):
     "Bool tensor of `shape`, broadcast over the images where one mask is given for all"
     shape = tuple(shape)
@@ -58,12 +62,21 @@ def region_tensor(
     return mask.bool().expand(shape)
 
 
-def as_region(mask, shape, name="region"):
+def as_region(
+    mask,           # as for `region_tensor`
+    shape,          # (N, *spatial)
+    name="region",  # how errors call it
+):
     "The same as a bool array"
     return region_tensor(mask, shape, name).numpy()
 
 
-def as_pair(pred, truth, data_range=1., dims=2, device=None):
+def as_pair(
+    pred, truth,    # (N,H,W) or (N,1,H,W), torch or NumPy; (N,D,H,W) with dims=3
+    data_range=1.,  # of the truth, above 0
+    dims=2,
+    device=None,    # None: an accelerator's, where one of the two is there, else the CPU
+):
     "Prediction and truth as tensors of one shape on one device (an accelerator's, where one of them is there), or a `UserError`"
     device = device or next((x.device for x in (pred, truth) if torch.is_tensor(x) and x.device.type != "cpu"), "cpu")
     p, t = as_tensor(pred, "prediction", dims, device), as_tensor(truth, "truth", dims, device)
@@ -77,7 +90,7 @@ def as_pair(pred, truth, data_range=1., dims=2, device=None):
 def foreground(
     truth,          # (N,H,W) or (N,D,H,W) in [0, data_range]
     threshold=.08,  # of the data range
-    data_range=1.,
+    data_range=1.,  # of the truth
     dims=2,
 ):
     "Bool mask per image: truth above the threshold, largest component, holes filled; all False for an empty image"
@@ -93,14 +106,20 @@ def foreground(
 SSIM_WINDOWS = {"uniform7": (3, "7x7 uniform window, border of 3 left out, as scikit-image"), "gauss11": (0, "11-tap Gaussian window, sigma 1.5, as torchmetrics")}  # border, words
 
 
-def check_window(window, shape):
+def check_window(
+    window,  # uniform7 or gauss11
+    shape,   # (N, *spatial)
+):
     "`UserError` for an unknown SSIM convention, or images (N, *spatial) smaller than its window"
     if window not in SSIM_WINDOWS: raise UserError(f"ssim={window}: use {' or '.join(SSIM_WINDOWS)}")
     side = 7 if window == "uniform7" else 11
     if min(shape[1:]) < side: raise UserError(f"images of {tuple(shape[1:])}: SSIM {window} needs at least {side} voxels a side")
 
 
-def interior(x, window):
+def interior(
+    x,       # (N, *spatial), array or tensor
+    window,  # uniform7 or gauss11
+):
     "(N, *spatial) without the border that an SSIM convention leaves out"
     b = SSIM_WINDOWS[window][0]
     return x[(slice(None),) + (slice(b, -b),) * (x.ndim - 1)] if b else x
@@ -121,7 +140,11 @@ def window_mean(
     return x
 
 
-def ssim_tensor(p, t, data_range, window):
+def ssim_tensor(
+    p, t,        # prediction and truth, float tensors (N, *spatial)
+    data_range,  # of the truth
+    window,      # uniform7 or gauss11
+):
     "`ssim_map` of two tensors, unchecked"
     dims = t.ndim - 1; norm = 7**dims / (7**dims - 1) if window == "uniform7" else 1.                         # sample covariance, or plain
     mp, mt, squares, product = (window_mean(x, window, dims) for x in (p, t, p * p + t * t, p * t))
@@ -129,7 +152,10 @@ def ssim_tensor(p, t, data_range, window):
     return (2 * mm + c1) * (2 * norm * (product - mm) + c2) / ((m2 + c1) * (norm * (squares - m2) + c2))
 
 
-def chunks(*tensors, voxels=None):
+def chunks(
+    *tensors,     # (N, *spatial), all of one shape
+    voxels=None,  # about so many of each tensor in a piece; None: 2**16 on a CPU, else 2**23
+):
     "Pieces of the batch of about `voxels` voxels: what fits a processor's cache, or feeds an accelerator, so that memory stays flat"
     t = tensors[0]; voxels = voxels or (2**16 if t.device.type == "cpu" else 2**23)
     return zip(*(x.split(max(1, voxels // t[0].numel())) for x in tensors))
@@ -147,7 +173,9 @@ def ssim_map(
     return s if torch.is_tensor(truth) else s.numpy()
 
 # %% ../nbs/02_measure.ipynb #63fc497f
-def arrays_too(f):
+def arrays_too(
+    f,  # function of a tensor (and more) that returns a tensor or a tuple of them
+):
     "Let a function of tensors take an array, too, and then give arrays"
     @wraps(f)
     def g(x, *args, **kwargs):
@@ -158,7 +186,9 @@ def arrays_too(f):
 
 
 @arrays_too
-def gradient_energy(x):
+def gradient_energy(
+    x,  # (N, *spatial), array or tensor
+):
     "Squared gradient at every voxel of (N, *spatial): mean of forward and backward difference, so mirror images score the same"
     e = torch.zeros_like(x)
     for a in range(1, x.ndim):
@@ -168,7 +198,11 @@ def gradient_energy(x):
 
 
 @lru_cache(32)
-def radial_bins(shape, low, high, width):
+def radial_bins(
+    shape,      # of one image, a tuple
+    low, high,  # cycles per voxel: from low to just below high
+    width,      # of a bin, cycles per voxel
+):
     "(frequencies of `rfftn` sorted by bin, how many in each bin, bin centres)"
     axes = [np.fft.fftfreq(k) for k in shape[:-1]] + [np.fft.rfftfreq(shape[-1])]
     radius = np.sqrt(sum(f**2 for f in np.meshgrid(*axes, indexing="ij", sparse=True))).ravel()
@@ -193,7 +227,10 @@ def band_power(
 PSNR_CAP = 100.  # dB, for identical images
 
 
-def region_mean(values, region):
+def region_mean(
+    values,  # (N, *spatial) tensor
+    region,  # bool tensor like values
+):
     "Mean of (N, *spatial) over the region of each image, (N,); NaN where it is empty"
     return torch.where(region, values, 0).flatten(1).sum(1) / region.flatten(1).sum(1)       # 0 / 0 is NaN
 
@@ -202,7 +239,7 @@ def region_mean(values, region):
 def measure(
     pred, truth,          # tensors (N, *spatial), both checked
     regions=None,         # name -> bool tensor (N, *spatial); None = {"whole": everything}
-    data_range=1.,
+    data_range=1.,        # of the truth
     ssim=("uniform7",),   # SSIM conventions; () = none
     sharpness=True,       # gradient_ratio and lsd, too
 ):
@@ -225,7 +262,12 @@ def measure(
     return out
 
 # %% ../nbs/02_measure.ipynb #98af3ec3
-def measure_all(pred, truth, regions, data_range=1., ssim=("uniform7",)):
+def measure_all(
+    pred, truth,         # tensors (N, *spatial), both checked
+    regions,             # name -> bool tensor (N, *spatial)
+    data_range=1.,       # of the truth
+    ssim=("uniform7",),  # SSIM conventions; () = none
+):
     "`measure` chunk by chunk, as float64 arrays"
     parts = [measure(p, t, dict(zip(regions, r)), data_range, ssim) for p, t, *r in chunks(pred, truth, *regions.values())]
     keys = [(r, k) for r in parts[0] for k in parts[0][r]]

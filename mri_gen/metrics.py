@@ -43,8 +43,8 @@ def score_table(
     cell="all",    # what the task varies: "T2,PD->T1", "x2", ...
     hole=None,     # bool, True = was missing; (H,W) or (N,H,W)
     masks=None,    # more regions, e.g. {"brain": mask}
-    data_range=1.,
-    ssim=("uniform7", "gauss11"),
+    data_range=1.,  # of the truth
+    ssim=("uniform7", "gauss11"),  # SSIM conventions, one or several
     dims=2,
     device=None,   # as in `image_metrics`
 ):
@@ -58,13 +58,18 @@ def score_table(
             for r, d in got.items() for (m, c), v in d.items() for i, s in enumerate(subjects)]
 
 
-def pick(rows, **equals):
+def pick(
+    rows,      # of `score_table`, or records of `summarise`
+    **equals,  # field=value; all of them must fit
+):
     "The rows or records with these values; a convention also by its first word: `pick(rows, metric='ssim', convention='uniform7')`"
     fits = lambda r, k, v: r[k] == v or (k == "convention" and r[k].split()[0] == v)
     return [r for r in rows if all(fits(r, k, v) for k, v in equals.items())]
 
 
-def subject_means(rows):
+def subject_means(
+    rows,  # of `score_table`: of one method, metric, region ...
+):
     "Subject -> mean of its images, NaN (an empty region) left out"
     by = {}
     for r in rows:
@@ -76,7 +81,7 @@ def bootstrap(
     values,       # one per subject
     n_boot=2000,  # resamples
     seed=0,
-    level=.95,
+    level=.95,    # share of the resampled means that the interval holds
 ):
     "(lo, hi): percentile interval of the mean over resampled subjects; (None, None) for fewer than two"
     v = np.asarray(values, float)
@@ -100,7 +105,9 @@ def summarise(
     return [r | {"n_images": int(r["n_images"])} for r in out]
 
 # %% ../nbs/02_metrics.ipynb #a5c4a062
-def holm(p):
+def holm(
+    p,  # p values, one for each comparison
+):
     "Holm's step-down correction (Holm 1979) of a list of p values"
     p = np.asarray(p, float); order = np.argsort(p)
     steps = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
@@ -111,7 +118,7 @@ def holm(p):
 def compare(
     rows,              # from score_table, all methods
     reference_method,  # what the others are compared with
-    metric="psnr",
+    metric="psnr",     # name, see METRICS
     region="hole",
     *,
     convention=None,   # "uniform7" or "gauss11" for SSIM; None = uniform7 for SSIM, the only one elsewhere
@@ -141,10 +148,10 @@ def compare(
 
 
 def compare_all(
-    rows,             # from score_table, all methods, any number of data sets and cells
-    reference,        # method that the others are compared with
-    metrics=("psnr",),
-    families=(),      # sets of methods that are corrected together; those in none are a family of their own
+    rows,               # from score_table, all methods, any number of data sets and cells
+    reference,          # method that the others are compared with
+    metrics=("psnr",),  # names, see METRICS
+    families=(),        # sets of methods that are corrected together; those in none are a family of their own
     region="hole",
 ):
     "`compare` in every data set and cell: [its dicts with data and cell]. Holm's correction counts within one metric and family"
@@ -157,7 +164,10 @@ def compare_all(
     return out
 
 # %% ../nbs/02_metrics.ipynb #83b147c2
-def save_metrics(path, records):
+def save_metrics(
+    path,     # JSON file to write, or to replace
+    records,  # of `summarise`: dicts with exactly FIELDS
+):
     "Write records whole or not at all; NaN becomes null, other fields are an error"
     out = []
     for r in records:
@@ -168,7 +178,9 @@ def save_metrics(path, records):
     return out
 
 
-def load_metrics(path):
+def load_metrics(
+    path,  # file of `save_metrics`
+):
     "Records of a metrics.json, checked"
     got = read_json(path)
     if not isinstance(got, list) or any(not isinstance(r, dict) or set(r) != set(FIELDS) for r in got):
@@ -178,14 +190,19 @@ def load_metrics(path):
     return got
 
 # %% ../nbs/02_metrics.ipynb #484dd6eb
-def heading(column, arrow=("↑", "↓", "→1")):
+def heading(
+    column,                  # (metric, convention)
+    arrow=("↑", "↓", "→1"),  # what says: higher is better, lower is better, 1 is best
+):
     "'PSNR [dB] ↑' of a (metric, convention) column"
     name, unit, better, _ = METRICS.get(column[0], (column[0].replace("_", " "), "", None, 3))
     window = column[1].split()[0] if column[0] == "ssim" else ""
     return " ".join(x for x in (name, window, f"[{unit}]" if unit else "", dict(high=arrow[0], low=arrow[1], one=arrow[2]).get(better, "")) if x)
 
 
-def caption(records):
+def caption(
+    records,  # of one table: same task, data, split, cell and region
+):
     "What, on what, where, how, n: one sentence for a block of records of one table"
     r = records[0]
     def span(k, word): n = sorted({min(x[k] for x in records), max(x[k] for x in records)}); return "-".join(map(str, n)) + f" {word}" + ("s" if n[-1] != 1 else "")
@@ -201,7 +218,10 @@ def caption(records):
             f". {how}{interval}; n = {span('n_subjects', 'subject')}, {span('n_images', 'image')}.")
 
 
-def table_cells(records, columns):
+def table_cells(
+    records,  # of one table
+    columns,  # (metric, convention) of each
+):
     "(methods, {(method, column): (text of the mean, text of the interval, is best)}) of one table"
     get = {(r["method"], (r["metric"], r["convention"])): r for r in records}; methods = list(dict.fromkeys(r["method"] for r in records)); cells = {}
     for c in columns:
@@ -217,14 +237,21 @@ def table_cells(records, columns):
     return methods, cells
 
 # %% ../nbs/02_metrics.ipynb #97d54dd9
-def tex(s):
+def tex(
+    s,  # text
+):
     "Text with LaTeX's special characters escaped"
     for a, b in (("\\", r"\textbackslash{}"), *((c, "\\" + c) for c in "&%$#_{}"), ("->", r"$\rightarrow$"), ("→1", r"$\rightarrow1$"), ("↑", r"$\uparrow$"), ("↓", r"$\downarrow$"), ("–", "--")):
         s = s.replace(a, b) if a != "\\" else s.replace(a, "\0")
     return s.replace("\0", r"\textbackslash{}")
 
 
-def render(format, heads, lines, text):
+def render(
+    format,  # md, html or latex
+    heads,   # headings of the columns after the first
+    lines,   # [(method, [(mean, interval, best)])]: two texts and a bool
+    text,    # caption
+):
     "One table; `lines`: [(method, [(mean, interval, best)])]"
     if format == "md":
         cell = lambda m, i, b: (f"**{m}**" if b else m) + (f" {i}" if i else "")
@@ -271,7 +298,7 @@ def table(
 def worst(
     rows,           # from score_table
     n=5,            # how many subjects
-    metric="psnr",
+    metric="psnr",  # name, see METRICS
     region="whole",
     **equals,       # method=..., cell=...
 ):

@@ -79,7 +79,11 @@ def build(cfg):
     return nets
 
 
-def load_data(cfg, data=None, pattern=None):
+def load_data(
+    cfg,
+    data=None,     # folder or .npy; None: `MRI_GEN_DATA/ixi_slices`, else simulated heads
+    pattern=None,  # where volumes lie below `data`
+):
     "Training and dev triples; see `triples.load_triples`"
     return load_triples(data, pattern, cfg.per_volume, cfg.simulated, ("train", "dev"))
 
@@ -106,7 +110,12 @@ def scenarios(loop, cfg):
     return draw_scenarios(u, first_scenario(cfg.curriculum, loop.step, cfg.steps))
 
 # %% ../nbs/22_mmgan.ipynb #57027fec
-def regression(loop, cfg, x, m, where):
+def regression(
+    loop, cfg,
+    x,      # (B,3,H,W) truth
+    m,      # (B,3) 1 = available
+    where,  # what an `Imputer` is told besides: place and tones; {} for other networks
+):
     "A step without a discriminator"
     with loop.autocast(): out = loop.nets[cfg.method](x, m, **where, **({"spread": True} if cfg.spread else {}))
     y, s = out if cfg.spread else (out, None)
@@ -116,7 +125,12 @@ def regression(loop, cfg, x, m, where):
     return figures
 
 
-def adversarial(loop, cfg, x, m, where):
+def adversarial(
+    loop, cfg,
+    x,      # (B,3,H,W) truth
+    m,      # (B,3) 1 = available
+    where,  # what an `Imputer` is told besides: place and tones; {} for other networks
+):
     "A step of the discriminator, then one of the generator"
     gen, critic, c = loop.nets[cfg.method], loop.nets["critic"], condition(x, m, cfg.condition)
     with loop.autocast(): y = gen(x, m, **where)
@@ -129,7 +143,10 @@ def adversarial(loop, cfg, x, m, where):
     return {"loss": pixel, "g": g, "d": d, "d_accuracy": accuracy(real, fake, m), "d_gap": gap(real, fake, m)}
 
 # %% ../nbs/22_mmgan.ipynb #342ca4f9
-def checks(net, x):
+def checks(
+    net,  # (images, availability) -> (N,3,H,W)
+    x,    # (N,3,H,W) complete triples, on the network's device
+):
     "{figure: value} of a validation: PSNR of clipped answers, mean over the missing channels of each scenario, and over scenarios"
     out = {}
     for s in SCENARIOS:
@@ -277,7 +294,12 @@ def pretrained(weights=None, device="auto"):
     return Completer(weights, device)
 
 
-def predict(images=None, available=None, weights=None, device="auto", **modalities):
+def predict(
+    images=None,     # (N,3,H,W) in the order T1, T2, PD, in [0,1], or a .npy file; None: `modalities`
+    available=None,  # what is there, e.g. "T2,PD"
+    weights=None, device="auto",
+    **modalities,    # instead of images: t1, t2, pd as arrays or volumes; also spread
+):
     "One call: see `Completer.predict`"
     return Completer(weights, device).predict(images, available, **modalities)
 
@@ -300,15 +322,15 @@ class Evaluation:
 
 
 def evaluate(
-    data=None,        # see `triples.load_triples`
-    split="val",      # "dev" for choices, "val" for reports
-    weights=None,     # of one network, see `find_weights`; the others are the shipped ones
-    methods=METHODS,  # in the order of the table; those without weights are left out
-    limit=None,       # at most so many slices, drawn
+    data=None,           # see `triples.load_triples`
+    split="val",         # "dev" for choices, "val" for reports
+    weights=None,        # of one network, see `find_weights`; the others are the shipped ones
+    methods=METHODS,     # in the order of the table; those without weights are left out
+    limit=None,          # at most so many slices, drawn
     device="auto",
-    pattern=None,     # where volumes lie below `data`
-    rules=None,       # fitted `PixelRules`; None: the shipped ones
-    cells=tuple(CELLS),
+    pattern=None,        # where volumes lie below `data`
+    rules=None,          # fitted `PixelRules`; None: the shipped ones
+    cells=tuple(CELLS),  # names among CELLS that are scored
 ):
     "Complete clean triples of held-out people with every method and score what was missing"
     from mri_gen.metrics import compare_all, summarise

@@ -58,14 +58,14 @@ class Budget(Settings):
 @dataclass
 class Study:
     "Where it lies, what it may cost, which data, which network"
-    out: Path
-    budget: Budget
+    out: Path                   # run folder; trainings lie in its study/
+    budget: Budget              # what a variant may cost
     data: str | None = None     # to train on, see `triples.load_triples`
     weights: object = None      # of the network that is questioned: name, file or run
     held: object = None         # SliceSet to score on
-    split: str = "val"
-    device: str = "auto"
-    quiet: bool = False
+    split: str = "val"          # who is scored: val, or dev for choices
+    device: str = "auto"        # auto, cpu, cuda or a torch device
+    quiet: bool = False         # trainings say nothing
 
     def __post_init__(self): self.out = Path(self.out)
 
@@ -92,7 +92,12 @@ class Study:
         return net
 
 
-def save(study, part, found, nets):
+def save(
+    study,  # Study
+    part,   # its name, one of PARTS
+    found,  # Part
+    nets,   # {method: `mmgan.Completer`}
+):
     "`experiment.save_part` with the budgets of `nets`, {method: Completer}"
     def cost(c):
         done = c.meta["config"] | ({"steps": c.meta["step"]} if "step" in c.meta else {}); h, w = (v or SIDE for v in done["crop"])
@@ -100,16 +105,28 @@ def save(study, part, found, nets):
     return save_part(study.out, part, found, {k: cost(c) for k, c in nets.items()}, PARTS)
 
 # %% ../nbs/22_mmgan_study.ipynb #88f5f961
-def shaded(x, depth, seed=0):
+def shaded(
+    x,      # (N,3,H,W) in [0,1]
+    depth,  # of the field, 0 to 1
+    seed=0,
+):
     "Times a smooth field between 1 - depth and 1 + depth, the same for every slice, another for each channel"
     f = F.interpolate(torch.rand(1, 3, 3, 3, generator=generator("shade", seed)) * 2 - 1, x.shape[2:], mode="bicubic", align_corners=True).clamp(-1, 1)
     return np.clip(x * (1 + depth * f.numpy()), 0, 1).astype(np.float32)
 
 
-def noisy(x, sd, seed=0): return rician(torch.from_numpy(x), sd, torch.randn(*x.shape, 2, generator=generator("noise", seed))).clamp(0, 1).numpy()
+def noisy(
+    x,   # (N,3,H,W) in [0,1]
+    sd,  # of the Rician noise, in units of x
+    seed=0,
+): return rician(torch.from_numpy(x), sd, torch.randn(*x.shape, 2, generator=generator("noise", seed))).clamp(0, 1).numpy()
 
 
-def moved(x, s, pixels):
+def moved(
+    x,       # (N,3,H,W)
+    s,       # scenario, see `imputers.SCENARIOS`
+    pixels,  # to the right
+):
     "The first available channel moved to the right"
     y = x.copy(); c = s.index(1); y[:, c] = np.roll(x[:, c], pixels, 2); y[:, c, :, :pixels] = 0
     return y
@@ -119,7 +136,9 @@ SPOILED = {"as it is": lambda x, s: x, "moved 1 pixel": lambda x, s: moved(x, s,
            "shading 15 %": lambda x, s: shaded(x, .15), "shading 30 %": lambda x, s: shaded(x, .3), "gain .8": lambda x, s: x * np.float32(.8), "mirrored": lambda x, s: x[:, :, ::-1], "front to back": lambda x, s: x[..., ::-1]}
 
 
-def robust(study):
+def robust(
+    study,  # Study
+):
     "PSNR under each spoiled input, mean over all cells of a scenario and over scenarios"
     from mri_gen.cells import overall
     t, rows = study.truth(), []; x, subjects, data = t.float(), t.column("subject"), str(t.column("data")[0])
@@ -139,9 +158,9 @@ DIAMETERS = (4, 6, 8, 10, 12)   # mm
 
 
 def discs(
-    x,         # (N,3,H,W)
-    diameter,  # mm
-    pixel=.9375,
+    x,            # (N,3,H,W)
+    diameter,     # mm
+    pixel=.9375,  # side of a pixel, mm
     seed=0,
 ):
     "(N,H,W) in [0,1]: a soft disc within each head, about halfway out"
@@ -154,7 +173,9 @@ def discs(
     return np.stack(out).astype(np.float32)
 
 
-def lesion(study):
+def lesion(
+    study,  # Study
+):
     "Share of a lesion's contrast that survives, by diameter and cell"
     import matplotlib
     from mri_gen.figures import STYLE, Picture, grid
@@ -189,10 +210,14 @@ def tissue_classifier(
     return name
 
 
-def dice(a, b): return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
+def dice(
+    a, b,  # bool masks of one shape
+): return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
 
 
-def positions(study):
+def positions(
+    study,  # Study
+):
     "Error at every height, and Dice and volumes of tissues from imputed triples, on simulated heads"
     import matplotlib
     from mri_gen.figures import STYLE, Picture
@@ -230,7 +255,10 @@ def positions(study):
 LEVELS = (.5, .8, .9, .95)
 
 
-def honest(error, spread, bins=10):
+def honest(
+    error, spread,  # of the same pixels, any shape; `spread`: expected |error|
+    bins=10,        # how many
+):
     "Bins of equal count by spread: (mean spread, mean |error|), ratio of the means, rank correlation, {level: coverage}"
     from scipy.stats import spearmanr
     e, s = np.abs(np.ravel(error)).astype(np.float64), np.ravel(spread).astype(np.float64); order = np.argsort(s, kind="stable")
@@ -238,7 +266,9 @@ def honest(error, spread, bins=10):
     return dict(bins=[(s[g].mean(), e[g].mean()) for g in groups], ratio=s.mean() / max(e.mean(), 1e-12), rank=float(spearmanr(s[some], e[some]).statistic), coverage={q: float((e <= -s * np.log(1 - q)).mean()) for q in LEVELS})
 
 
-def calibration(study):
+def calibration(
+    study,  # Study
+):
     "Spread against error in each cell, in the head"
     import matplotlib
     from mri_gen.figures import STYLE, Picture, grid
@@ -266,7 +296,11 @@ VARIANTS = {"regression, PSNR": ("full", {}), "plain U-Net, L1": ("plain", {}), 
             "regression, two phases": ("full", dict(curriculum="two_phases")), "regression, four phases": ("full", dict(curriculum="four_phases")), "original": ("original", {})}
 
 
-def table_rows(t, nets, split):
+def table_rows(
+    t,     # SliceSet of complete triples
+    nets,  # {method: network with `complete`, e.g. a `mmgan.Completer`}
+    split,
+):
     "Rows of every cell and of `all`, whole image"
     from mri_gen.cells import overall, score_cell
     x, rows = t.float(), []
@@ -278,7 +312,9 @@ def table_rows(t, nets, split):
     return rows + [r for r in overall(rows, t.table) if r["cell"] == "all"]
 
 
-def variants(study):
+def variants(
+    study,  # Study
+):
     "Train each variant, score them all on the same slices, show what their discriminators knew"
     from mri_gen.figures import curves
     nets = {k: study.train(k.replace(", ", "-").replace(" ", "-"), p, **v) for k, (p, v) in VARIANTS.items()}; t = study.truth(); rows = table_rows(t, nets, study.split); records = summarise(rows)
@@ -291,8 +327,16 @@ def variants(study):
     return save(study, "variants", Part(records, tests, said, {"variants_discriminators": curves(judged, columns=["d_accuracy", "d_gap", "g", "loss"])}), nets)
 
 # %% ../nbs/22_mmgan_study.ipynb #678d39a2
-def without(x, field, offset=0.): return np.clip((x + offset) / np.exp(field) - offset, 0, 1)
-def relit(y, field, offset=0.): return np.clip((y + offset) * np.exp(field) - offset, 0, 1)
+def without(
+    x,          # raw intensities on their scale
+    field,      # logarithm of the bias field, as large
+    offset=0.,  # what makes x + offset proportional to the raw volume
+): return np.clip((x + offset) / np.exp(field) - offset, 0, 1)
+def relit(
+    y,          # corrected intensities
+    field,      # logarithm of the bias field, as large
+    offset=0.,  # as in `without`
+): return np.clip((y + offset) * np.exp(field) - offset, 0, 1)
 
 
 def biased_head(
@@ -315,7 +359,11 @@ def biased_head(
     return dict(raw=x[k].astype(np.float16), field=f[k].astype(np.float16), offset=np.tile(np.float32(offset)[:, None, None], (len(k), 1, 1, 1)), slice=k, found=np.array(found), site=s["facts"]["site"])
 
 
-def biased_cohort(study, who, n):
+def biased_cohort(
+    study,  # Study
+    who,    # numbers of simulated people
+    n,      # slices of each
+):
     "`biased_head` of people, made once: their slices one after the other, and the table"
     parts, table = [], []
     for i in who:
@@ -332,14 +380,16 @@ class Relit:
     "Answers to corrected slices, brought back to raw space: `complete` like a `Completer`'s"
     answers: dict      # scenario -> (N,3,H,W)
     fields: object     # (N,3,H,W), log
-    offset: object = 0.
+    offset: object = 0.  # (N,3,1,1), as in `without`; or a number
     own: bool = True   # times the missing volume's own field; False: times the mean of those of the available
     def complete(self, x, s):
         f = self.fields if self.own else self.fields[:, np.flatnonzero(s)].mean(1, keepdims=True)
         return np.where(np.array(s, bool)[None, :, None, None], x, relit(self.answers[s], f, self.offset)).astype(np.float32)
 
 # %% ../nbs/22_mmgan_study.ipynb #f8b16f59
-def plane_field(im):
+def plane_field(
+    im,  # (H,W)
+):
     "(H,W) log field of a single slice in [0,1], by N4 in 2-D; 0 where there is too little head"
     from mri_gen.align import itk
     sitk = itk(); m = im > .08
@@ -350,19 +400,28 @@ def plane_field(im):
     return f - f[m].mean()
 
 
-def mean_psnr(net, x, scenarios):
+def mean_psnr(
+    net,        # network with `complete`
+    x,          # (N,3,H,W) complete triples
+    scenarios,  # some of `imputers.SCENARIOS`
+):
     "Over missing channels, slices and scenarios"
     return float(np.mean([-10 * np.log10(((net.complete(x, s) - x)[:, np.flatnonzero(1 - np.array(s))] ** 2).mean((2, 3)) + 1e-10).mean() for s in scenarios]))
 
 
-def plane_evidence(study, n=6):
+def plane_evidence(
+    study,  # Study
+    n=6,    # slices, at most
+):
     "A sentence: the network in question before and after a 2-D N4 of its inputs"
     t = a_few(study.truth(), n); x = t.float(); f = np.stack([[plane_field(c) for c in im] for im in x]); two = [s for s in SCENARIOS if sum(s) == 2]
     done = {s: study.net.complete(without(x, f), s) for s in two}; db = [mean_psnr(k, x, two) for k in (study.net, Relit(done, f), Relit(done, f, own=False))]
     return f"Side evidence, {t.column('data')[0]}: the network in question, trained on slices as they are, on {len(t)} slices of {len(t.subjects)} people, one modality missing: {db[0]:.2f} dB; with 2-D N4 of each single slice {db[1]:.2f} dB times the missing slice's own field, {db[2]:.2f} dB times the field of the available."
 
 # %% ../nbs/22_mmgan_study.ipynb #3ad00206
-def n4_sets(study):
+def n4_sets(
+    study,  # Study
+):
     "Training slices {branch: SliceSet}; those to score on: raw triples as a SliceSet, and `biased_cohort`'s arrays"
     b = study.budget; a, table = biased_cohort(study, range(1, b.n4_train + 1), b.n4_slices)
     table = [r | {"split": "dev" if r["subject"] == table[-1]["subject"] else "train"} for r in table]
@@ -371,7 +430,10 @@ def n4_sets(study):
     return {k: SliceSet(np.round(v * 255).astype(np.uint8), table) for k, v in sets.items()}, SliceSet(h["raw"].clip(0, 1), table_h), h
 
 
-def n4_words(records, tests):
+def n4_words(
+    records,  # of `metrics.summarise`
+    tests,    # of `metrics.compare_all`, against raw
+):
     "A sentence on each branch"
     out = []
     for k in dict.fromkeys(r["method"] for r in records):
@@ -384,7 +446,9 @@ def n4_words(records, tests):
     return out
 
 
-def n4(study):
+def n4(
+    study,  # Study
+):
     "Raw against N4, both in raw space, by cell and overall"
     from mri_gen.figures import grid
     sets, t, h = n4_sets(study); raw, net = (study.train(k, "full", slices=s, steps=max(1, study.budget.steps // 2)) for k, s in sets.items())
@@ -401,7 +465,9 @@ def n4(study):
     return save(study, "n4", Part(records, tests, said, {"n4": fig}), dict.fromkeys(nets, net) | {"raw": raw})
 
 # %% ../nbs/22_mmgan_study.ipynb #bee16cf2
-def sites(study):
+def sites(
+    study,  # Study
+):
     "PSNR on each site, of a network that has seen it and of one that has not"
     t, found, nets = study.truth(), [], {"all sites": study.train("all-sites", "full")}
     for site in sorted(set(t.column("site").tolist()) - {""}):

@@ -68,7 +68,9 @@ const all=document.querySelector('.tools button');all.parentNode.hidden=false;al
 """
 
 # %% ../nbs/30_page.ipynb #pagepieces
-def image(path):
+def image(
+    path,  # picture file of any usual format
+):
     "(data URI, width, height in pixels) of a picture file; `UserError` where it is none"
     from PIL import Image
     try:
@@ -78,19 +80,29 @@ def image(path):
     return f"data:{kind};base64,{base64.b64encode(raw).decode()}", w, h
 
 
-def figure(uri, text="", size=None):
+def figure(
+    uri,        # data URI, or an address
+    text="",    # words beneath; also the alternative text
+    size=None,  # (width, height) in pixels; None: not stated
+):
     "A picture with its words beneath, which are also its alternative text"
     wide = f' width="{size[0]}" height="{size[1]}"' if size else ""
     return f'<figure><span class="frame"><img decoding="async"{wide} alt="{escape(text)}" src="{escape(uri)}"></span><figcaption>{escape(text)}</figcaption></figure>\n'
 
 
-def picture(path, text=""):
+def picture(
+    path,     # picture file
+    text="",  # words beneath; "": the name of the file
+):
     "A picture file as a figure with the bytes inside"
     uri, *size = image(path)
     return figure(uri, text or Path(path).stem.replace("_", " "), size)
 
 
-def thumbnail(path, width=480):
+def thumbnail(
+    path,       # picture file
+    width=480,  # pixels, at most; four times as many in height
+):
     "A small WebP of a picture file, as a data URI"
     from PIL import Image
     image(path)
@@ -99,18 +111,28 @@ def thumbnail(path, width=480):
     return "data:image/webp;base64," + base64.b64encode(b.getvalue()).decode()
 
 
-def gallery(figures): return f'<div class="gallery">{"".join(figures)}</div>\n' if figures else ""
+def gallery(
+    figures,  # HTML of each
+): return f'<div class="gallery">{"".join(figures)}</div>\n' if figures else ""
 
 
-def fold(title, html, open=False): return f"<details{' open' if open else ''}><summary>{escape(title)}</summary>{html}</details>\n" if html else ""
+def fold(
+    title,       # text that is clicked
+    html,        # what opens; "": no fold is made
+    open=False,  # open from the start?
+): return f"<details{' open' if open else ''}><summary>{escape(title)}</summary>{html}</details>\n" if html else ""
 
 
-def scroll(html):
+def scroll(
+    html,  # of a table
+):
     "A table that scrolls by itself on a narrow screen, by keys too; its caption does not"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="table">{html}</div>\n'.replace("<caption>", "<caption><span>").replace("</caption>", "</span></caption>")
 
 
-def pairs(d):
+def pairs(
+    d,  # {name: value}; lists are joined by commas, None is a dash
+):
     "A two-column table of a dict"
     show = lambda v: "–" if v is None else str(v).lower() if isinstance(v, bool) else ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
     return scroll('<table class="plain"><tbody>' + "".join(f'<tr><th scope="row">{escape(str(k))}</th><td>{escape(show(v))}</td></tr>' for k, v in d.items()) + "</tbody></table>")
@@ -131,11 +153,11 @@ class Cell(NamedTuple):
 
 
 def data_table(
-    heads,      # Head of each column, that of the row names first
-    lines,      # (name, [Cell], class of the row)
-    caption="",
-    by=None,    # index of the column that sorts: 0 = the first Cell; None = as given
-    worst=False, # the worst first
+    heads,        # Head of each column, that of the row names first
+    lines,        # (name, [Cell], class of the row)
+    caption="",   # text below the table
+    by=None,      # index of the column that sorts: 0 = the first Cell; None = as given
+    worst=False,  # the worst first
 ):
     "An HTML table in its own box"
     if by is not None: lines = sorted(lines, key=lambda l: (l[1][by].key is None, 0 if l[1][by].key is None else (-1 if worst else 1) * l[1][by].key))
@@ -150,13 +172,19 @@ def data_table(
     return scroll(f'<table class="sorts">{f"<caption>{escape(caption)}</caption>" if caption else ""}<thead><tr>{"".join(head(*x) for x in enumerate(heads))}</tr></thead>\n<tbody>\n{body}\n</tbody></table>')
 
 # %% ../nbs/30_page.ipynb #pagedraw
-def span_of(values):
+def span_of(
+    values,  # numbers and None
+):
     "(from, to) that holds all these numbers, None left out, never empty"
     v = [x for x in values if x is not None]
     return (min(v), max(v)) if v and min(v) < max(v) else (v[0] - 1, v[0] + 1) if v else (0, 1)
 
 
-def interval(mean, lo, hi, span):
+def interval(
+    mean,    # None: nothing is drawn
+    lo, hi,  # ends of the interval; None: the dot alone
+    span,    # (from, to), what the width of the drawing stands for
+):
     "A mean (dot) and its interval (bar) on the scale `span`"
     if mean is None: return ""
     x = lambda v: 3 + 94 * (v - span[0]) / (span[1] - span[0])
@@ -164,7 +192,11 @@ def interval(mean, lo, hi, span):
     return f'<svg class="ci" viewBox="0 0 100 14" preserveAspectRatio="none" aria-hidden="true"><line x1="0" x2="100" y1="7" y2="7" stroke="currentColor" opacity=".18"/>{bar}<circle cx="{x(mean):.1f}" cy="7" r="2.6" fill="currentColor"/></svg>'
 
 
-def strip(values, worst=(), unit=""):
+def strip(
+    values,    # {name: number}
+    worst=(),  # names that are marked
+    unit="",   # behind the numbers at both ends
+):
     "{name: number} as dots on a line from the least to the most, those of `worst` marked"
     a, b = span_of(values.values()); x = lambda v: 8 + 384 * (v - a) / (b - a)
     dots = "".join(f'<circle cx="{x(v):.1f}" cy="8" r="{5 if k in worst else 4}" fill="currentColor" opacity="{1 if k in worst else .45}"{" class=" + chr(34) + "low" + chr(34) if k in worst else ""}><title>{escape(str(k))}: {v:.2f}</title></circle>' for k, v in values.items())
@@ -172,7 +204,7 @@ def strip(values, worst=(), unit=""):
 
 # %% ../nbs/30_page.ipynb #pagemd
 def markdown(
-    text,
+    text,       # Markdown
     show=None,  # (name of a picture file, its words) -> HTML; None leaves pictures out
 ):
     "Markdown as HTML: no raw HTML, no links"
@@ -194,7 +226,9 @@ class Section(NamedTuple):
     blocks: tuple = ()    # (heading, HTML)
 
 
-def chapter(s):
+def chapter(
+    s,  # Section
+):
     "A section as HTML, with links to its blocks where there are several"
     blocks = [(f"{s.id}-{k}", t, h) for k, (t, h) in enumerate((b for b in s.blocks if b[1]), 1)]
     here = "".join(f'<li><a href="#{i}">{escape(t)}</a></li>' for i, t, _ in blocks)
@@ -202,7 +236,10 @@ def chapter(s):
             + "\n".join(f'<h3 id="{i}">{escape(t)}</h3>\n{h}' for i, t, h in blocks) + '<p class="up"><a href="#contents">to the contents</a></p></section>\n')
 
 
-def shrink(html, width):
+def shrink(
+    html,   # a page with its pictures inside
+    width,  # pixels
+):
     "The pictures of a page as WebP, at most this many pixels wide"
     from PIL import Image
     def smaller(found):
@@ -215,7 +252,7 @@ def shrink(html, width):
 
 def page(
     title, intro,   # words; HTML
-    sections,
+    sections,       # Sections, in their order
     foot="",        # HTML
     limit=LIMIT,    # bytes
 ):

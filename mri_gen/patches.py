@@ -17,7 +17,7 @@ from .layers import crop_to, depth_to_space, pad_to_multiple, space_to_depth
 # %% ../nbs/18_patches.ipynb #f9e0c753
 def block_mean(
     x,           # (N,H,W) in [0,1]
-    side=4,
+    side=4,      # of a block, pixels
     levels=128,  # steps of the mean
 ):
     "Each block's mean, rounded, (N,H,W) float32"
@@ -28,7 +28,11 @@ def block_mean(
 # %% ../nbs/18_patches.ipynb #fe6fa78d
 class PatchCodes:
     "k-means patches; `linear`: with the fitted 3x3 decoder"
-    def __init__(self, centres, decoder=None, side=4): self.centres, self.decoder, self.side, self.codes = centres, decoder, side, len(centres)
+    def __init__(self,
+        centres,       # (K, side*side) tensor
+        decoder=None,  # (9, K+1, side*side) tensor; None: no linear decoder
+        side=4,        # of a patch, pixels
+    ): self.centres, self.decoder, self.side, self.codes = centres, decoder, side, len(centres)
 
     def patches(self, x): return space_to_depth(pad_to_multiple(torch.from_numpy(np.ascontiguousarray(x, np.float32))[:, None], self.side), self.side)
 
@@ -93,7 +97,10 @@ def codec(
     return np.stack([im for _, im in got]).astype(np.float32) / 255, np.array([8 * n / u[0].size for n, _ in got])
 
 
-def payload(file, name):
+def payload(
+    file,  # bytes of the whole file
+    name,  # key of CODECS
+):
     "Bytes of image data in a file of one of CODECS, as Pillow writes it: one scan, one tile, one frame"
     if name == "WEBP": at = file.index(b"VP8 "); return int.from_bytes(file[at + 4:at + 8], "little") - 10      # a frame begins with ten bytes of its own
     if name == "JPEG2000": return len(file) - file.index(b"\xff\x93") - 2 - 2                                 # the last two end the file

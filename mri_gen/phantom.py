@@ -52,7 +52,9 @@ def make_grid(
     return Grid(tuple(int(v) for v in shape), a)
 
 
-def oversampling(spacing):
+def oversampling(
+    spacing,  # mm, in-plane voxel
+):
     "Sub-voxels per voxel and axis: 1 to 1.5 mm"
     return 1 if spacing < 1.5 else 2 * max(1, round(spacing / 2.6))
 
@@ -92,7 +94,11 @@ def scan_anatomy(
     return images, parts.numpy()
 
 # %% ../nbs/05_phantom.ipynb #2243c8e2
-def spin_echo(m0, t1, t2, tr, te):
+def spin_echo(
+    m0,      # proton density: the signal's unit
+    t1, t2,  # relaxation times, ms
+    tr, te,  # repetition and echo time, ms
+):
     "Signal of a spin echo (Hahn), times in ms"
     return m0 * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
 
@@ -163,7 +169,11 @@ def kspace_matrix(
 
 
 @functools.cache
-def slice_matrix(n, over, width=1.):
+def slice_matrix(
+    n,         # slices
+    over,      # fine samples per slice
+    width=1.,  # of the profile, in slices
+):
     "(n, n*over) matrix: slices of Gaussian profile, full width at half maximum `width` slices"
     x = (np.arange(n * over) + .5) / over - .5
     m = np.exp(-4 * np.log(2) * ((np.arange(n)[:, None] - x) / width) ** 2)
@@ -203,7 +213,9 @@ def receive_field(
 
 def acquire(
     images,  # (S,X,Y,Z) ideal images on the fine lattice
-    over, kinds, fields,  # fields: one receive field (x,y,z) for each image
+    over,    # sub-voxels per voxel and axis
+    kinds,   # per axis: "k" (encoded) or "s" (slice)
+    fields,  # one receive field (x,y,z) for each image
     noise,   # sd of the noise for each image, in units of white matter
     rng,     # numpy generator
 ):
@@ -224,7 +236,7 @@ def save_nifti(
     data,    # (X,Y,Z), scaled to int16 or uint8 by `step`
     affine,  # (4,4)
     step=1., # value of one stored unit
-    dtype=np.int16,
+    dtype=np.int16,  # np.int16 or np.uint8
 ):
     "A NIfTI file whose bytes depend on its content only (no name, no time in the gzip header)"
     info = np.iinfo(dtype)
@@ -234,13 +246,19 @@ def save_nifti(
     with open(path, "wb") as f, gzip.GzipFile("", "wb", 2, f, mtime=0) as z: z.write(im.to_bytes())
 
 
-def rigid(degrees, mm):
+def rigid(
+    degrees,  # (3,) rotations about x, y and z
+    mm,       # (3,) shift
+):
     "A rigid map (4,4), rotating about the origin"
     m = np.eye(4); m[:3, :3] = rotation(degrees); m[:3, 3] = mm
     return m
 
 
-def save_transform(path, m):
+def save_transform(
+    path,  # *.tfm
+    m,     # (4,4) RAS+ mm
+):
     "Write a rigid RAS map (4,4) as a SimpleITK transform, which speaks LPS"
     import SimpleITK as sitk
     flip = np.diag([-1., -1, 1, 1]); m = flip @ m @ flip
@@ -248,7 +266,11 @@ def save_transform(path, m):
     sitk.WriteTransform(t, str(path))
 
 
-def scan_plan(rng, spacing, independent):
+def scan_plan(
+    rng,          # numpy generator
+    spacing,      # mm, in-plane voxel
+    independent,  # the head moves between T2 and PD as well
+):
     "Grids and rigid motions of one session: {scan: (images, grid, kinds, PD scanner -> this scan's scanner)}"
     tilt = rotation(rng.normal(0, [4, 1, 1])); near = lambda: rng.normal(0, 2.5, 3)
     t1_axes = np.array([[0, -1, 0], [0, 0, 1], [1, 0, 0]]).T             # P, S, R as IXI stores it
@@ -297,7 +319,10 @@ def simulate_subject(
     return dict(images=images, truth=truth, transforms={f"{n}_to_PD": m for n, m in moves.items() if n != "PD"}, facts=facts)
 
 
-def write_subject(out, **kw):
+def write_subject(
+    out,   # folder, a `Path`
+    **kw,  # of `simulate_subject`
+):
     "Simulate a subject and write images and truth under `out`; returns its line of the log"
     head(); t0 = time.monotonic()                                             # the atlas is built once a process
     s = simulate_subject(**kw); name = s["facts"]["subject"]

@@ -50,12 +50,18 @@ def fit_table(
     return (b / a.clamp_min(1e-9)).reshape(shape[2:] if len(available) == 2 else shape[3:]).numpy()
 
 
-def look_up(table, x, available):
+def look_up(
+    table,      # of `fit_table`
+    x,          # (N,C,H,W) uint8, or float in [0,1]
+    available,  # channels, those of the table
+):
     "(N,H,W) float32: the table's value at each pixel"
     return table.reshape(-1)[joint_bins(x, available)].astype(np.float32)
 
 
-def fit_mean(x):
+def fit_mean(
+    x,  # (N,C,H,W) uint8, or float in [0,1]
+):
     "Mean training slice, (C,H,W) float32"
     return np.mean([x[i:i + 64].mean(0, dtype=np.float64) / (255 if x.dtype == np.uint8 else 1) * len(x[i:i + 64]) for i in range(0, len(x), 64)], 0).astype(np.float32) * len(range(0, len(x), 64)) / len(x)
 
@@ -81,7 +87,10 @@ def pixel_features(
 
 class Trees:
     "Boosted trees for one cell; `state()` and `Trees.load` go through plain arrays"
-    def __init__(self, base, trees): self.base, self.trees = float(base), trees      # trees: structured arrays of scikit-learn's nodes
+    def __init__(self,
+        base,   # prediction before the first tree
+        trees,  # structured arrays of scikit-learn's nodes
+    ): self.base, self.trees = float(base), trees
 
     @classmethod
     def fit(cls,
@@ -134,7 +143,11 @@ class Trees:
 # %% ../nbs/15_pixels.ipynb #ab01a516
 class PixelRules:
     "Mean image, look-up tables and (optionally) trees for all cells of (available channels, missing channel)"
-    def __init__(self, mean=None, tables=None, trees=None): self.mean, self.tables, self.trees = mean, tables or {}, trees or {}
+    def __init__(self,
+        mean=None,    # (C,H,W) of `fit_mean`
+        tables=None,  # {(available channels, missing channel): table}
+        trees=None,   # {(available channels, missing channel): Trees}
+    ): self.mean, self.tables, self.trees = mean, tables or {}, trees or {}
 
     @classmethod
     def fit(cls,

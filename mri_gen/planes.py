@@ -118,12 +118,12 @@ def bend_field(
 
 
 def sample_planes(
-    head,    # `Head`
-    origin,  # (n,3) mm: the pixel (HEAD_TOP_ROW, HEAD_MID_COLUMN)
-    rows,    # (n,3) mm: one step down
-    cols,    # (n,3) mm: one step to the right
-    size=64,
-    order=3, # 3: cubic spline; 1: trilinear, which is softer
+    head,       # `Head`
+    origin,     # (n,3) mm: the pixel (HEAD_TOP_ROW, HEAD_MID_COLUMN)
+    rows,       # (n,3) mm: one step down
+    cols,       # (n,3) mm: one step to the right
+    size=64,    # pixels of a side
+    order=3,    # 3: cubic spline; 1: trilinear, which is softer
     bend=None,  # (n,k,k,3) mm: displacements at the control points of `bend_field`
 ):
     "(n,size,size) float32 in [0,1]: box mean of spline samples, at least one per voxel length; outside the volume 0"

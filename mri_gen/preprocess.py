@@ -66,7 +66,7 @@ class Prepared:
 
 def prepare(
     volumes,  # modality -> Volume, the fixed one among them
-    cfg=PreprocessConfig(),
+    cfg=PreprocessConfig(),  # settings, a `PreprocessConfig`
 ):
     "Registration and N4 of one subject"
     fixed = volumes[cfg.fixed]; out = Prepared(fixed, head_mask(fixed), {}, {}); own = {}
@@ -89,7 +89,10 @@ def prepare(
     return out
 
 # %% ../nbs/07_preprocess.ipynb #2d134a13
-def scale_of(x, how):
+def scale_of(
+    x,    # (X,Y,Z)
+    how,  # robust or minmax
+):
     "The `Scale` of a volume"
     return Scale(float(x.min()), float(x.max())) if how == "minmax" and np.ptp(x) else robust_scale(x)
 
@@ -98,7 +101,7 @@ def cut(
     images,  # modality -> (X,Y,Z)
     fixed,   # Volume: where they lie
     head,    # (X,Y,Z) bool
-    cfg=PreprocessConfig(),
+    cfg=PreprocessConfig(),  # settings, a `PreprocessConfig`
 ):
     "(slices (n,C,size,size) uint8 or float16, their numbers): those within `between` that hold enough head"
     axis = PLANES[cfg.plane][0]; n = fixed.shape[axis]; share = head.mean(tuple(k for k in range(3) if k != axis))
@@ -110,14 +113,23 @@ def cut(
     return (np.rint(out * 255).astype(np.uint8) if cfg.dtype == "uint8" else out.astype(np.float16)), k
 
 # %% ../nbs/07_preprocess.ipynb #2f7dd4d3
-def file_hash(path):
+def file_hash(
+    path,  # any file
+):
     "Of the bytes of a file: a finished subject is only reused while its inputs are these"
     try:
         with open(path, "rb") as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); check the permissions") from None
 
 
-def facts_of(p, cfg, subject, site, inputs, numbers):
+def facts_of(
+    p,        # Prepared
+    cfg,      # settings, a `PreprocessConfig`
+    subject,  # name
+    site,     # name
+    inputs,   # {modality: hash of its file}
+    numbers,  # of the slices, from `cut`
+):
     "What is known about a subject, as plain JSON"
     plain = lambda x: None if isinstance(x, float) and not np.isfinite(x) else round(x, 6) if isinstance(x, float) else x
     moving = {m: {k: plain(v) for k, v in asdict(a).items() if k != "matrix"} | dict(matrix=np.round(a.matrix, 9).tolist(), kept=not a.in_place and bool((a.matrix == np.eye(4)).all())) for m, a in p.found.items()}
@@ -127,7 +139,11 @@ def facts_of(p, cfg, subject, site, inputs, numbers):
                 modalities=list(p.images), foreground={cfg.fixed: plain(float(p.head.mean()))}, slices=len(numbers), numbers=numbers, strip=" | ".join(strip))
 
 
-def save_pictures(p, folder, cfg):
+def save_pictures(
+    p,       # Prepared
+    folder,  # existing one, a `Path`
+    cfg,     # settings, a `PreprocessConfig`
+):
     "The three pictures and the strip of one subject"
     from mri_gen import check
     from mri_gen.figures import save_figure
@@ -142,7 +158,12 @@ def save_pictures(p, folder, cfg):
 FOLDERS = ("registered", "transforms", "n4", "parts", "qc")  # qc last: it holds facts.json
 
 
-def save_subject(p, job, cfg, inputs):
+def save_subject(
+    p,       # Prepared
+    job,     # dict, as for `process`
+    cfg,     # settings, a `PreprocessConfig`
+    inputs,  # {modality: hash of its file}
+):
     "Write all of a subject into a folder of its own, then move it into place"
     work, s = Path(job["work"]), job["subject"]; stage = work / "stage" / f"{s}-{os.getpid()}"; shutil.rmtree(stage, ignore_errors=True)
     for d in FOLDERS: (stage / d).mkdir(parents=True)
@@ -190,7 +211,9 @@ def _process(job, t, cfg):
 class Parts:
     "Arrays on disk, one after the other, that look like one (N,C,H,W)"
     ndim = 4
-    def __init__(self, paths):
+    def __init__(self,
+        paths,  # of .npy files, (n,C,H,W) each, of one type
+    ):
         self.parts = [read_array(p) for p in paths]; self.start = np.cumsum([0, *map(len, self.parts)])
         self.shape, self.dtype = (int(self.start[-1]), *self.parts[0].shape[1:]), self.parts[0].dtype
 
@@ -202,7 +225,9 @@ class Parts:
         return out
 
 
-def splits_of(cohort):
+def splits_of(
+    cohort,  # facts of each subject
+):
     "subject -> split: of data/splits.csv where it knows the subject ('' where that leaves it out), else dealt out by site"
     known = {r["subject"]: r["ixi_slices"] for r in load_splits()} if core.root() else {}
     new = [f for f in cohort if ixi_name(f["subject"]) not in known]
@@ -210,11 +235,11 @@ def splits_of(cohort):
 
 
 def gather_slices(
-    work,     # folder with parts/
-    cohort,   # facts, by subject
-    splits,   # subject -> split
-    cfg,
-    skipped=(),
+    work,        # folder with parts/
+    cohort,      # facts, by subject
+    splits,      # subject -> split
+    cfg,         # settings, a `PreprocessConfig`
+    skipped=(),  # list of dicts: subject, file, reason
 ):
     "slices/{branch}/ from the parts of all subjects"
     cohort = [f for f in cohort if splits[f["subject"]]]; third = lambda i, n: ("low", "mid", "high")[3 * i // max(1, n)]
@@ -273,7 +298,9 @@ def meter(
 
 # %% ../nbs/07_preprocess.ipynb #99ce0559
 @contextlib.contextmanager
-def alone(folder):
+def alone(
+    folder,  # a `Path`, made where there is none
+):
     "One writer at a time"
     try: folder.mkdir(parents=True, exist_ok=True); f = open(folder / "lock", "a+")
     except OSError as e: raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another OUT") from None
@@ -284,7 +311,13 @@ def alone(folder):
         yield
 
 # %% ../nbs/07_preprocess.ipynb #376e9a82
-def find_cohort(src, pattern, modalities, fixed, skipped):
+def find_cohort(
+    src,         # folder with volumes
+    pattern,     # where they lie below src
+    modalities,  # names; None: as for `preprocess`
+    fixed,       # modality whose grid all get
+    skipped,     # list that receives dicts: subject, file, reason
+):
     "[(subject, site, {modality: path})] with all modalities wanted, the fixed one always among them; others are listed in `skipped`"
     rows = find_volumes(src, pattern); people = {}
     for r in rows: people.setdefault(r["subject"], set()).add(r["modality"])
@@ -298,7 +331,12 @@ def find_cohort(src, pattern, modalities, fixed, skipped):
     return list(out.values())
 
 # %% ../nbs/07_preprocess.ipynb #0f2bb6f7
-def finish(work, cohort, skipped, cfg):
+def finish(
+    work,     # folder in the making, a `Path`
+    cohort,   # facts of each subject
+    skipped,  # list of dicts: subject, file, reason
+    cfg,      # settings, a `PreprocessConfig`
+):
     "Slices, manifest, list of what was skipped, and the page"
     from mri_gen.check import page
     cohort = sorted(cohort, key=lambda f: f["subject"]); splits = splits_of(cohort); gather_slices(work, cohort, splits, cfg, skipped)
@@ -368,7 +406,7 @@ def preprocess(
 # %% ../nbs/07_preprocess.ipynb #2ba5d175
 def timings(
     volumes,      # modality -> Volume
-    cfg=PreprocessConfig(),
+    cfg=PreprocessConfig(),  # settings, a `PreprocessConfig`
     plain=False,  # also the same calls without shrinking and sampling: minutes
 ):
     "Rows (step, seconds by the clock, seconds of CPU) of one subject, one thread"

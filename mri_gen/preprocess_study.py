@@ -36,7 +36,10 @@ def jolt(
     return m
 
 
-def moved(v, m): return replace(v, affine=m @ v.affine)  # the scan of a head that moved by m: only the header changes
+def moved(
+    v,  # Volume
+    m,  # (4,4) RAS+ mm
+): return replace(v, affine=m @ v.affine)  # the scan of a head that moved by m: only the header changes
 
 
 def motion_trial(
@@ -53,8 +56,8 @@ def motion_trial(
 
 # %% ../nbs/07_preprocess_study.ipynb #e80a0490
 def field_trial(
-    cohort, s,
-    sd=.2,  # of the log field that is put in
+    cohort, s,  # folder of a simulated cohort, subject
+    sd=.2,      # of the log field that is put in
 ):
     "Rows (subject, image, method, injected, correlation, rmse) of one subject"
     rows = []
@@ -67,9 +70,9 @@ def field_trial(
 # %% ../nbs/07_preprocess_study.ipynb #68b10883
 def real_trials(
     folder,       # of a patient: FLAIR, T1W, T2W and the *_to_FLAIR.txt
-    offsets=20,
+    offsets=20,   # motions put in, for each of T1W and T2W
     most=10.0,    # mm and degrees
-    say=print,
+    say=print,    # function of a text: where lines go
 ):
     "Rows (image, trial, method, distances over the head without the outer 12 mm)"
     folder = Path(folder); fixed = read_volume(folder / "FLAIR.nii.gz"); flat = lambda v: replace(v, data=correct(v, log_field(v))); base, rows = flat(fixed), []
@@ -105,7 +108,8 @@ def speed(
     cohort,        # folder of a simulated cohort
     subjects=4,    # of it, for one process against two
     plain=True,    # also SimpleITK on all voxels: many minutes
-    sizes=SIZES, say=print,
+    sizes=SIZES,   # {modality: voxels along the file's axes} of the one subject of real size
+    say=print,     # function of what is to be printed
 ):
     "Rows (what, seconds by the clock, seconds of CPU), one thread"
     rows, s = [], sorted(p.name for p in (Path(cohort) / "truth").iterdir())
@@ -122,12 +126,21 @@ def speed(
     return rows
 
 # %% ../nbs/07_preprocess_study.ipynb #afe2b901
-def save(path, rows, **about):
+def save(
+    path,     # JSON file to write, or to replace
+    rows,     # list of dicts
+    **about,  # facts to keep beside the rows
+):
     "One part of the study as JSON: rows, and what they were measured with"
     write_json(path, dict(about, environment=environment(), load=round(os.getloadavg()[0], 2), cores=len(os.sched_getaffinity(0)), rows=rows)); return path
 
 
-def run_cohort(trial, cohort, jobs, say):
+def run_cohort(
+    trial,   # `motion_trial` or `field_trial`
+    cohort,  # folder of a simulated cohort
+    jobs,    # processes
+    say,     # function of a text: where lines go
+):
     "All rows of a trial over the subjects of a simulated cohort"
     from joblib import Parallel, delayed
     names, rows = sorted(p.name for p in (Path(cohort) / "truth").iterdir()), []
@@ -158,7 +171,9 @@ def main(argv=None):
     return 0
 
 # %% ../nbs/07_preprocess_study.ipynb #af98dd2f
-def motion_table(rows):
+def motion_table(
+    rows,  # of `motion_trial`
+):
     "Markdown table of the part `motion`"
     out = ["| | mean over subjects [mm] | worst subject's mean [mm] | largest distance [mm] |", "|---|---:|---:|---:|"]
     for m in dict.fromkeys(r["method"] for r in rows): x = [r for r in rows if r["method"] == m]; out.append(f"| {m} | {np.mean([r['mean_mm'] for r in x]):.3f} | {max(r['mean_mm'] for r in x):.3f} | {max(r['max_mm'] for r in x):.3f} |")
@@ -166,7 +181,9 @@ def motion_table(rows):
     return "\n".join(out + ["", f"{len(mine)} subjects, turned by up to {max(r['turned'] for r in mine):.1f}°; T2 left in place in {sum(r['t2_in_place'] for r in mine)} of them; {np.mean([r['seconds'] for r in mine]):.0f} s of CPU a subject. Expected: mean at most 0.1, largest at most 0.3."])
 
 
-def field_table(rows):
+def field_table(
+    rows,  # of `field_trial`
+):
     "Markdown table of the part `field`"
     out = ["| image | fitted by | correlation: mean (worst) | error of the log field: mean (worst) | invented without a field: mean (worst) |", "|---|---|---:|---:|---:|"]
     for m, how in dict.fromkeys((r["image"], r["method"]) for r in rows):
@@ -176,14 +193,18 @@ def field_table(rows):
     return "\n".join(out + ["", "Over the brain; the field put in has a log of standard deviation 0.2. Expected of ours on T1: correlation at least 0.95, error at most 0.05."])
 
 
-def real_table(rows):
+def real_table(
+    rows,  # of `real_trials`
+):
     "Markdown table of the part `real`"
     out = ["| image | | mean over offsets [mm] | worst offset's mean [mm] | largest distance [mm] |", "|---|---|---:|---:|---:|"]
     for i, m in dict.fromkeys((r["image"], r["method"]) for r in rows): x = [r for r in rows if (r["image"], r["method"]) == (i, m)]; out.append(f"| {i} | {m} | {np.mean([r['mean_mm'] for r in x]):.3f} | {max(r['mean_mm'] for r in x):.3f} | {max(r['max_mm'] for r in x):.3f} |")
     return "\n".join(out + ["", "Against the data set's reference transforms, over the head without its outer 12 mm. Expected of ours: mean at most 0.7."])
 
 
-def speed_table(rows):
+def speed_table(
+    rows,  # of `speed`
+):
     "Markdown table of the part `speed`"
     return "\n".join(["| | seconds by the clock | seconds of CPU |", "|---|---:|---:|"] + [f"| {r['what']} | {r['wall']:.1f} | {'' if r['cpu'] is None else format(r['cpu'], '.1f')} |" for r in rows])
 

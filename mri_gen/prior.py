@@ -17,7 +17,10 @@ from .core import UserError, generator
 # %% ../nbs/18_prior.ipynb #3f3ba8de
 class Block(nn.Module):
     "Causal self-attention and a perceptron, both as residuals behind a norm (Vaswani et al. 2017; Radford et al. 2019)"
-    def __init__(self, dim, heads):
+    def __init__(self,
+        dim,    # channels, a multiple of heads
+        heads,  # of the attention
+    ):
         super().__init__()
         self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -39,12 +42,14 @@ class Block(nn.Module):
 class CodePrior(nn.Module):
     "p(codes | position): sees every earlier cell; inside a cell, every earlier level (Lee et al. 2022)"
     def __init__(self,
-        codes=512,     # K
-        levels=3,      # L
-        grid=(28, 28), # cells (h,w)
-        dim=192, depth=6, heads=4,
-        classes=4,     # positions of a slice, the last one: not told
-        dropout=.1,    # of the inputs
+        codes=512,      # K
+        levels=3,       # L
+        grid=(28, 28),  # cells (h,w)
+        dim=192,        # channels, a multiple of heads
+        depth=6,        # blocks
+        heads=4,        # of the attention
+        classes=4,      # positions of a slice, the last one: not told
+        dropout=.1,     # of the inputs
     ):
         super().__init__()
         self.codes, self.levels, self.grid, self.classes, (h, w) = codes, levels, tuple(grid), classes, grid
@@ -117,7 +122,9 @@ def draw_codes(
     prior,           # CodePrior, in eval mode
     which,           # numbers of the images
     where,           # class, one for all or one for each
-    seed=0, temperature=1., top_k=None,
+    seed=0,
+    temperature=1.,  # see `choose`; 0: always the most probable code
+    top_k=None,
 ):
     "(n,L,h,w) codes, cell by cell with cached keys and values"
     which, device = list(which), prior.row.device; (h, w), n, L, T = prior.grid, len(which), prior.levels, math.prod(prior.grid)
@@ -137,7 +144,12 @@ def draw_codes(
 # %% ../nbs/18_prior.ipynb #884ecc9a
 class MaskedConv(nn.Conv2d):
     "Sees rows above and, in its own row, what lies to the left; kind B also the cell itself"
-    def __init__(self, a, b, size, kind):
+    def __init__(self,
+        a,     # channels in
+        b,     # channels out
+        size,  # of the kernel, odd
+        kind,  # "A" or "B"
+    ):
         super().__init__(a, b, size, padding=size // 2)
         m = torch.ones(size, size); m[size // 2, size // 2 + (kind == "B"):] = 0; m[size // 2 + 1:] = 0
         self.register_buffer("mask", m, persistent=False)
@@ -149,7 +161,7 @@ class PixelCNN(nn.Module):
     "The original project's prior: 1,049,728 parameters at K=128, no position, one level"
     def __init__(self,
         codes=128,  # K
-        ch=128,
+        ch=128,     # channels
     ):
         super().__init__()
         self.codes = codes
@@ -179,7 +191,9 @@ def draw_pixelcnn(
     prior,  # PixelCNN, in eval mode
     grid,   # cells (h,w)
     which,  # numbers of the images
-    seed=0, temperature=1., top_k=None,
+    seed=0,
+    temperature=1.,  # see `choose`; 0: always the most probable code
+    top_k=None,
     reach=5,  # rows above a cell that it feels
 ):
     "(n,1,h,w) codes, cell by cell, each from a pass over the rows that it can feel"

@@ -20,7 +20,9 @@ from .metrics import load_metrics, pick, save_metrics, table, worst
 from .train import source_id, task_module
 
 # %% ../nbs/30_publish.ipynb #7ee8da5d
-def main_region(records):
+def main_region(
+    records,  # of `metrics.summarise`
+):
     "What the card of their task names; else 'hole' where pixels were missing, else 'foreground', else whatever there is"
     names = [r["region"] for r in records]
     try: said = {getattr(task_module(r), "CARD", {}).get("region") for r in {r["task"] for r in records}}
@@ -28,18 +30,25 @@ def main_region(records):
     return next((n for n in (*said, "hole", "foreground") if n in names), names[0] if names else "whole")
 
 
-def main_metrics(records):
+def main_metrics(
+    records,  # of `metrics.summarise`
+):
     "What a table of these records shows first"
     some = [m for m in ("psnr", "ssim", "mae", "gradient_ratio", "lsd", "bits_per_pixel", "codes_used") if any(r["metric"] == m for r in records)]
     return some or list(dict.fromkeys(r["metric"] for r in records))
 
 
-def kinds(records):
+def kinds(
+    records,  # of `metrics.summarise`
+):
     "Each (data, split, cell), in order"
     return list(dict.fromkeys((r["data"], r["split"], r["cell"]) for r in records))
 
 
-def stem(text, *kind):
+def stem(
+    text,   # what it shows, e.g. "worst"
+    *kind,  # further words: data, cell
+):
     "File name of a picture: 'worst_ixi_slices_axial'"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join((text, *kind)))
 
@@ -47,7 +56,10 @@ def stem(text, *kind):
 ROW = ("data", "split", "cell", "region", "method", "subject", "index")
 
 
-def write_image_rows(path, rows):
+def write_image_rows(
+    path,  # file to write
+    rows,  # of `metrics.score_table`, all methods
+):
     "`rows.csv.gz`: PSNR and SSIM (7x7) of every image, region and method, as plain columns"
     out = {}
     for r in rows:
@@ -57,7 +69,10 @@ def write_image_rows(path, rows):
     with whole(path, force=True) as p: p.write_bytes(gzip.compress(f.getvalue().encode(), 9, mtime=0))   # a sixth of the size; the same rows give the same bytes
 
 
-def read_image_rows(path, metric="psnr"):
+def read_image_rows(
+    path,           # file of `write_image_rows`
+    metric="psnr",  # psnr or ssim
+):
     "`rows.csv.gz` as rows that `metrics.worst` and `metrics.compare` understand"
     with gzip.open(path, "rt", newline="", encoding="utf-8") as f: return [dict(r, index=int(r["index"]), metric=metric, value=float(r[metric])) for r in csv.DictReader(f)]
 
@@ -67,7 +82,7 @@ def worst_figure(
     method,        # whose worst
     kind,          # (data, split, cell)
     methods=None,  # shown beside it
-    n=5,
+    n=5,           # subjects, at most
 ):
     "The n worst subjects, each by its worst image, with errors; None where images have no truth of their own, or several channels"
     from mri_gen.figures import compare_figure
@@ -119,12 +134,17 @@ def counts(
     return out
 
 
-def number(x, digits=2, sign=False): return "–" if x is None else f"{x:{'+' if sign else ''}.{digits}f}"
+def number(
+    x,           # number, or None: a dash
+    digits=2,    # after the point
+    sign=False,  # with a plus where it is positive
+): return "–" if x is None else f"{x:{'+' if sign else ''}.{digits}f}"
 
 
 def verdicts(
-    records, comparisons,
-    network,  # the method that is judged
+    records,      # of `metrics.summarise`
+    comparisons,  # of `metrics.compare_all`
+    network,      # the method that is judged
 ):
     "One sentence for each kind of data: the network, the best other method, the paired difference; also where the network lost"
     region, out = main_region(records), []
@@ -146,7 +166,10 @@ def verdicts(
     return out
 
 # %% ../nbs/30_publish.ipynb #457d94d0
-def training_text(m, n):
+def training_text(
+    m,  # name of the method
+    n,  # its entry in networks.json
+):
     "One sentence on how a network was trained"
     env, done = n["env"], n["done"]
     return (f"`{m}`: {n['parameters']:,} parameters. {done.get('step', '?')} steps, precision {done.get('precision', '?')}, on {env.get('device_name') or env.get('device')} ({env.get('threads')} threads), "
@@ -157,7 +180,8 @@ def training_text(m, n):
 def model_card(
     task,         # module with CARD
     networks,     # `networks.json`: method -> how it was trained
-    records, comparisons,
+    records,      # of `metrics.summarise`
+    comparisons,  # of `metrics.compare_all`
     scored,       # `counts` of what was scored
     files,        # method -> path of its weights, default first
     evaluated_on, # name of the device
@@ -183,7 +207,9 @@ def model_card(
 
 # %% ../nbs/30_publish.ipynb #e557daf8
 @contextmanager
-def put_back(folder):
+def put_back(
+    folder,  # made where it does not exist yet
+):
     "Whatever happens to the folder inside the block is undone when the block fails"
     folder = Path(folder); before, copy = (folder.with_name(f"{folder.name}.{s}.partial") for s in ("before", "copy"))
     def undo():
@@ -252,10 +278,15 @@ def publish(
     return folder
 
 
-def studies_of(folder): return sorted([*Path(folder).glob("study_*.png"), *Path(folder).glob("study/*.png")])   # pictures of side experiments: published, or in a run
+def studies_of(
+    folder,  # `artifacts/<slug>`, or a run
+): return sorted([*Path(folder).glob("study_*.png"), *Path(folder).glob("study/*.png")])   # pictures of side experiments: published, or in a run
 
 
-def keep_study(folder, run):
+def keep_study(
+    folder,  # Path of `artifacts/<slug>`
+    run,     # Path of the run
+):
     "Side experiments that lie in the run (`study.json`, packed, `study.md`, `study/*.png`) replace those of the folder"
     if not (run / "study.json").exists(): return
     for p in [*studies_of(folder), folder / "study.md"]: p.unlink(missing_ok=True)
@@ -263,7 +294,11 @@ def keep_study(folder, run):
     for p, name in [*([(run / "study.md", "study.md")] if (run / "study.md").exists() else []), *((p, f"study_{p.name}") for p in studies_of(run))]: shutil.copyfile(p, folder / name)
 
 
-def keep_training(folder, run, suffix):
+def keep_training(
+    folder,  # Path of `artifacts/<slug>`
+    run,     # Path of the run
+    suffix,  # "" for the default method, "_NAME" for another
+):
     "Curves, settings and environment of a run, copied to files with this suffix; returns its `env` and `done`"
     from mri_gen.figures import curves, save_figure
     shutil.copyfile(run / "metrics.csv", folder / f"training{suffix}.csv")

@@ -21,19 +21,27 @@ BETTER = {"high": "higher is better", "low": "lower is better", "one": "near to 
 SHOWN = ("psnr", "ssim", "mae", "ncc", "gradient_ratio", "lsd", "bits_per_pixel", "codes_used", "kernel_distance", "kernel_ratio", "frechet_distance", "coverage", "memorised", "position_agreement")
 
 
-def rank(metric, value):
+def rank(
+    metric,  # name, see `metrics.METRICS`
+    value,   # number or None
+):
     "A key to sort by: smaller is better; the value itself where neither is"
     if value is None: return None
     return {"high": lambda v: -v, "one": lambda v: abs(np.log(max(v, 1e-12)))}.get(METRICS.get(metric, (0, 0, ""))[2], lambda v: v)(value)
 
 
-def headline(records):
+def headline(
+    records,  # of one table, not empty
+):
     "The metric that leads a table"
     there = list(dict.fromkeys(r["metric"] for r in records if r["mean"] is not None)) or [records[0]["metric"]]
     return next((m for m in METRICS if m in there and (m == "psnr" or any(r["lo"] is not None for r in records if r["metric"] == m) and m in SET_METRICS)), None) or min(there, key=lambda m: SHOWN.index(m) if m in SHOWN else len(SHOWN))
 
 
-def text_of(r, unit=False):
+def text_of(
+    r,           # record
+    unit=False,  # behind the mean, too?
+):
     "(mean, interval) of a record as text"
     _, u, _, digits = METRICS.get(r["metric"], ("", "", None, 3))
     if r["mean"] is None: return "–", ""
@@ -41,21 +49,26 @@ def text_of(r, unit=False):
     return plain(r["mean"]) + (f" {u}" if unit and u else ""), f"[{plain(r['lo'])}, {plain(r['hi'])}]" if r["lo"] is not None else ""
 
 
-def shown(x, digits=2): return "–" if x is None else f"{x:+.{digits}f}".replace("-", "−")   # a difference, with its sign
+def shown(
+    x,         # number, or None: a dash
+    digits=2,  # after the point
+): return "–" if x is None else f"{x:+.{digits}f}".replace("-", "−")   # a difference, with its sign
 
 
-def best_of(records):
+def best_of(
+    records,  # of one metric
+):
     "The record with the best mean, `real` aside; None where no direction is better"
     known = [r for r in records if r["mean"] is not None and r["method"] != "real" and METRICS.get(r["metric"], (0, 0, None))[2]]
     return min(known, key=lambda r: rank(r["metric"], r["mean"])) if known else None
 
 
 def score_table(
-    records,     # of one task, data set, split, cell and region
-    network="",  # this row is marked
-    metrics=None,
-    ssim="uniform7",
-    note="",     # a last sentence of the caption
+    records,          # of one task, data set, split, cell and region
+    network="",       # this row is marked
+    metrics=None,     # names of the columns; None: all that the records hold
+    ssim="uniform7",  # uniform7, gauss11, or both
+    note="",          # a last sentence of the caption
 ):
     "Methods by metrics, sorted by the metric that leads, whose intervals are also drawn"
     lead, order = headline(records), list(metrics or METRICS)
@@ -79,7 +92,9 @@ def score_table(
     return data_table(heads, lines, text, by=0)
 
 # %% ../nbs/30_records.ipynb #repparts
-def split_kinds(records):
+def split_kinds(
+    records,  # of `metrics.summarise`
+):
     "({kind: its parts}): (data, split, cell) that stand for themselves, and the cells that only divide them"
     found, lead = kinds(records), {k: headline(pick(records, data=k[0], split=k[1], cell=k[2])) for k in kinds(records)}
     def whole_of(k):
@@ -88,7 +103,13 @@ def split_kinds(records):
     return {k: [p for p in found if whole_of(p) == k] for k in found if whole_of(k) is None}
 
 
-def parts_table(records, kind, parts, network, region):
+def parts_table(
+    records,  # of `metrics.summarise`
+    kind,     # (data, split, cell) of the whole
+    parts,    # (data, split, cell) of each part, see `split_kinds`
+    network,  # method whose column sorts the rows
+    region,
+):
     "The leading metric, a row for each part, a column for each method"
     lead = headline(pick(records, data=kind[0], split=kind[1], cell=kind[2])); mine = pick(records, data=kind[0], split=kind[1], metric=lead)
     rows = {p[2]: {r["method"]: r for r in pick(mine, cell=p[2], region=region)} for p in (kind, *parts)}
@@ -101,7 +122,10 @@ def parts_table(records, kind, parts, network, region):
     return data_table([Head("cell", "text"), *(Head(m, better) for m in methods)], [line(*x) for x in rows.items()], f"{heading((lead, ''))} on {kind[0]} ({kind[1]}), region {region}: mean over subjects [95 % bootstrap interval]. Hardest first for {methods[by]}; best of each row bold and starred; the marked row holds all of them together.", by=by, worst=True)
 
 
-def test_table(tests, region):
+def test_table(
+    tests,  # of `metrics.compare_all`, not empty, with one reference
+    region,
+):
     "Paired tests of `metrics.compare_all`, a row for each method and metric"
     def line(c):
         title, unit, _, digits = METRICS.get(c.get("metric", "psnr"), (c.get("metric"), "", "", 3))

@@ -26,7 +26,9 @@ from .train import task_module
 
 # %% ../nbs/30_report.ipynb #repread
 @contextmanager
-def legible(path):
+def legible(
+    path,  # file that is read inside
+):
     "What goes wrong inside is the fault of this file: a `UserError` that names it"
     try: yield
     except UserError: raise
@@ -34,19 +36,31 @@ def legible(path):
         raise UserError(f"{path}: not what mri_gen writes ({type(e).__name__}: {' '.join(str(e).split())[:120]}); restore it from a copy, or leave this folder out of the report") from e
 
 
-def held(folder, name, kind=dict):
+def held(
+    folder,     # Path
+    name,       # of the file
+    kind=dict,  # dict or list: what the file must hold
+):
     "A JSON file of a folder; empty where there is none"
     return read_json(folder / name, kind) if (folder / name).exists() else kind()
 
 
-def show_folder(path):
+def show_folder(
+    path,  # run, evaluation, or a folder that holds one run
+):
     "The folder that is meant: a run or an evaluation, or the only run inside"
     path = Path(path)
     if not path.is_dir(): raise UserError(f"{path}: no such folder; name runs or evaluations that exist")
     return path if any((path / n).exists() for n in ("metrics.json", "metrics.csv", "training.csv")) else run_folder(path)
 
 # %% ../nbs/30_report.ipynb #represults
-def results(folder, records, comparisons, network, note=""):
+def results(
+    folder,       # Path, with figures/
+    records,      # of `metrics.summarise`
+    comparisons,  # of `metrics.compare_all`
+    network,      # method that is judged
+    note="",      # a last sentence of each caption
+):
     "Blocks (heading, HTML) of one folder: each kind of data with its verdict, table and pictures; then cells that divide it"
     out, drawings = [], figures_of(folder)
     full = lambda rs: "".join(score_table(pick(rs, region=g), network, ssim="both") for g in dict.fromkeys(x["region"] for x in rs))
@@ -62,14 +76,20 @@ def results(folder, records, comparisons, network, note=""):
     return out
 
 # %% ../nbs/30_report.ipynb #repcard
-def simple_methods(task, trained, methods):
+def simple_methods(
+    task,     # module; None: of a task that is not known here
+    trained,  # names of trained networks
+    methods,  # names
+):
     "Those of `methods` that need no training of ours"
     rules = getattr(task, "RULES", None); networks = {*trained, *getattr(task, "NETWORKS", ())}
     if rules and (some := [m for m in methods if m in rules]): return some
     return [m for m in methods if m != "real" and not any(m == n or m.startswith((n + "_", n + ",")) for n in networks) and not m.startswith(("generated", "drawn"))]
 
 
-def judged(c):
+def judged(
+    c,  # of `metrics.compare_all`, one comparison
+):
     "(words, class) of a paired comparison: reference minus method"
     lo, hi = (None, None) if c["lo"] is None else (-c["hi"], -c["lo"])
     text = f"{c['reference']} minus {c['method']}: {shown(-c['diff'])} dB" + (f" [{shown(lo)}, {shown(hi)}]" if lo is not None else "") + ", paired by subject"
@@ -77,7 +97,19 @@ def judged(c):
     return text + ".", "wins" if lo > 0 else "loses"
 
 
-def card(id, title, folder, records, comparisons, network, task, trained, mark="shipped", note="", most=2):
+def card(
+    id,              # of the section that it leads to
+    title,           # of the section
+    folder,          # Path, with figures/
+    records,         # of `metrics.summarise`
+    comparisons,     # of `metrics.compare_all`
+    network,         # default method
+    task,            # module; None: of a task that is not known here
+    trained,         # networks.json: method -> how it was trained
+    mark="shipped",  # what the default method is called
+    note="",         # a last sentence
+    most=2,          # kinds of data that are shown, at most
+):
     "What a section says, in a few lines: picture, best, shipped, simple"
     pictures, blocks = figures_of(folder), []
     found = list(split_kinds(records))
@@ -103,7 +135,13 @@ def card(id, title, folder, records, comparisons, network, task, trained, mark="
     return f'<article class="card">{f"""<a href="#{id}" tabindex="-1"><img alt="{escape(title)}: {escape(caption_of(first.stem))}" src="{thumbnail(first)}"></a>""" if first else ""}<div><h3><a href="#{id}">{escape(title)}</a></h3>{"".join(blocks)}{more}</div></article>\n'
 
 # %% ../nbs/30_report.ipynb #repworst
-def worst_subjects(folder, kind, network, region, n=5):
+def worst_subjects(
+    folder,   # Path, with rows.csv.gz and figures/
+    kind,     # (data, split, cell)
+    network,  # method that is judged
+    region,
+    n=5,      # subjects, at most
+):
     "The n worst subjects of one kind from rows.csv.gz, all of them as dots, and the stored picture; '' where nothing is known"
     path = folder / "rows.csv.gz"
     if not path.exists(): return ""
@@ -145,12 +183,16 @@ def caption_of(
     return " · ".join(x for x in (CAPTIONS.get(key, ""), rest if of is None else of) if x) + "."
 
 
-def figures_of(folder):
+def figures_of(
+    folder,  # `artifacts/<slug>`, a run or an evaluation
+):
     "The pictures of a folder, the task's own first"
     return sorted((Path(folder) / "figures").glob("*.png"), key=lambda p: (p.stem.startswith(("worst", "scores")), p.stem))
 
 
-def curves_html(log):
+def curves_html(
+    log,  # Path of a training.csv, or of the metrics.csv of a run
+):
     "Learning curves: the stored picture beside `training.csv`, else drawn now; and where each figure ended"
     from mri_gen.figures import curves, data_uri, read_curves
     text = f"{log.stem.partition('_')[2] + ': t' if '_' in log.stem else 'T'}raining figures by step; val_... is measured on dev subjects with the averaged weights."
@@ -163,7 +205,9 @@ def curves_html(log):
     return drawn + fold("where each figure ended, its least and its most", data_table([Head("figure", "text"), Head("last", "low"), Head("least", "low"), Head("most", "high")], lines))
 
 
-def study_blocks(folder):
+def study_blocks(
+    folder,  # Path, with study.json or study.json.gz, study.md, pictures
+):
     "Side experiments: what was found in words and pictures, then the numbers; a folded part each"
     path = next((p for p in (folder / "study.json", folder / "study.json.gz") if p.exists()), None); records = read_json(path, list) if path else []
     with legible(path): known = [r for r in records if r["metric"] in METRICS]; parts = {p: pick(known, part=p) for p in dict.fromkeys(r["part"] for r in known)}
@@ -188,9 +232,9 @@ def study_blocks(folder):
 
 # %% ../nbs/30_report.ipynb #repsection
 def section(
-    folder,      # artifacts/<slug>, a run folder, an evaluation
-    id="section",
-    title=None,
+    folder,        # `artifacts/<slug>`, a run folder, an evaluation
+    id="section",  # of the section, and the beginning of its anchors
+    title=None,    # of the section; None: as the folder says
 ):
     "(Section, card, environments {name: dict}, how it was measured {what: words}) of one folder"
     folder = Path(folder); has = lambda n: (folder / n).exists()
@@ -226,7 +270,13 @@ def section(
     return Section(id, title, lead, tuple(blocks)), top, envs, measured(records, slug, title, bool(weights), trained)
 
 
-def measured(records, slug, title, shipped, trained):
+def measured(
+    records,  # of `metrics.summarise`
+    slug,
+    title,    # of the section
+    shipped,  # are weights published in its folder?
+    trained,  # networks.json: method -> how it was trained
+):
     "One line for each kind of data of a section: {column: words}"
     out = []
     for k, parts in split_kinds(records).items():
@@ -236,7 +286,10 @@ def measured(records, slug, title, shipped, trained):
     return out
 
 # %% ../nbs/30_report.ipynb #rephowall
-def how(records, rows):
+def how(
+    records,  # of all sections
+    rows,     # of `measured`, all sections
+):
     "How the numbers were measured, from the records themselves and from `measured`"
     regions = {"whole": "the whole image", "foreground": "truth above 0.08 of the range, largest component, holes filled; never taken from a prediction", "hole": "the pixels that were missing from the input"}
     windows = sorted({r["convention"].split()[0] for r in records if r["metric"] == "ssim" and r["convention"]}); ranges = sorted({r["convention"].split("range=")[1] for r in records if "range=" in r["convention"]})
@@ -246,13 +299,17 @@ def how(records, rows):
                           "means": "per image, then mean per subject, then mean over subjects", "intervals": "95 % percentile bootstrap over subjects, 2000 resamples; of a distance between sets, the range that its convention names", "tests": "paired Wilcoxon over subjects, Holm's correction over methods"})
 
 
-def describe(env):
+def describe(
+    env,  # content of env.json
+):
     "An `env.json` as a flat dict for people"
     flat = {k: v for k, v in env.items() if k != "packages"} | {k: v for k, v in (env.get("packages") or {}).items() if v}
     return {k: v for k, v in flat.items() if v not in (None, "")}
 
 
-def environments(envs):
+def environments(
+    envs,  # {(task, network): content of env.json}
+):
     "{(task, network): env.json}: what is the same everywhere, and a table of what is not, a row for each that differs"
     flat = {k: {a: str(b) for a, b in describe(e).items()} for k, e in envs.items()}; keys = list(dict.fromkeys(a for e in flat.values() for a in e))
     same = {a: next(iter(flat.values()))[a] for a in keys if len({e.get(a) for e in flat.values()}) == 1}; other = [a for a in keys if a not in same]; groups = {}
@@ -261,7 +318,9 @@ def environments(envs):
     return ("<h3>The same everywhere</h3>" if rows and other else "") + pairs(same) + ("<h3>What differs</h3>" + data_table([Head("trained", "text"), *(Head(a, "text") for a in other)], rows).replace('class="sorts"', 'class="sorts plain"') if other else "")
 
 # %% ../nbs/30_report.ipynb #repother
-def preprocessing(folder):
+def preprocessing(
+    folder,  # Path of artifacts/preprocess
+):
     "Section of `artifacts/preprocess`; None where nothing was measured"
     from mri_gen.preprocess_study import field_table, motion_table, real_table, speed_table, speed_text
     told = {"motion": ("Registration of simulated heads that moved", lambda d: motion_table(d["rows"])), "real": ("Registration of a real patient", lambda d: real_table(d["rows"])), "field": ("Bias field of simulated heads", lambda d: field_table(d["rows"])), "speed": ("Cost", lambda d: speed_table(d["rows"]) + "\n\n" + speed_text(d))}
@@ -272,7 +331,9 @@ def preprocessing(folder):
     return Section("preprocessing", "Registration and bias correction", "<p>Measured against simulated truth, and against the reference transforms of a public data set.</p>", tuple(blocks)) if blocks else None
 
 
-def together(runs):
+def together(
+    runs,  # Paths of run folders
+):
     "Learning curves of several runs of one network over each other; '' where there are no two"
     from mri_gen.figures import curves, data_uri, read_curves
     logs = {}
@@ -291,11 +352,11 @@ INTRO = ("Generative models of brain MRI, each measured on people that no traini
 
 
 def report(
-    out,         # .html file, or a folder that gets report.html
-    runs=(),     # run or evaluation folders to show beside artifacts/*
+    out,                      # .html file, or a folder that gets report.html
+    runs=(),                  # run or evaluation folders to show beside artifacts/*
     force=False,
-    title="mri_gen: report",
-    runs_first=False,  # before the published tasks
+    title="mri_gen: report",  # of the page
+    runs_first=False,         # before the published tasks
 ):
     "One self-contained HTML page over all artifacts/*/metrics.json and `runs`; returns its path"
     out = Path(out); out = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"

@@ -18,7 +18,11 @@ from .corrupt import Degradation, RicianNoise, Compose
 KINDS = ("mean", "gauss", "kspace", "spline", "slices")
 
 
-def places(kind, n_large, factor):
+def places(
+    kind,     # one of KINDS
+    n_large,  # voxels of the large volume along the axis
+    factor,   # how many times fewer, a whole number
+):
     "(n, a, b): voxels that are left of `n_large` along an axis, and where in the large volume the k-th one's centre lies: a k + b"
     if n_large < 2 * factor: raise UserError(f"resolution: {n_large} voxels along an axis are too few for a factor of {factor}; at least {2 * factor}")
     n = n_large // factor
@@ -62,7 +66,11 @@ def interpolation(
 
 # %% ../nbs/04_resolution.ipynb #29ed3e7e
 @functools.lru_cache(64)
-def shrinking(kind, n_large, factor):
+def shrinking(
+    kind,     # one of KINDS
+    n_large,  # voxels of the large volume along the axis
+    factor,   # how many times fewer, a whole number
+):
     "(n, n_large) float64 matrix of a kind along one axis"
     if kind not in KINDS: raise UserError(f"resolution {kind}: use {', '.join(KINDS)}")
     n, a, b = places(kind, n_large, factor); centre = a * np.arange(n) + b; at = np.arange(n_large)
@@ -90,9 +98,9 @@ def along(
 class Resolution(Degradation):
     "Fewer, larger voxels along the last axes; `kind` is one of KINDS"
     def __init__(self,
-        kind="mean",
-        factor=2,    # how many times fewer voxels along an axis
-        axis=-1,     # of `slices`: which of the axes
+        kind="mean",  # one of KINDS: mean, gauss, kspace, spline or slices
+        factor=2,     # how many times fewer voxels along an axis
+        axis=-1,      # of `slices`: which of the axes
         dims=3,
     ):
         if kind not in KINDS: raise UserError(f"resolution {kind}: use {', '.join(KINDS)}")

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from .layers import CONV, crop_to, depth_to_space, pad_to_multiple, sinusoidal_embedding, space_to_depth, zero_
 
 # %% ../nbs/18_reversible.ipynb #06f213ca
-def unit(x):
+def unit(
+    x,  # (B, C, ...)
+):
     "(B, C, ...) with a root mean square over the channels of 1 at every voxel (Zhang & Sennrich 2019)"
     return x * (x.float().square().mean(1, keepdim=True) + 1e-4).rsqrt()
 
@@ -43,7 +45,7 @@ class Coupling(nn.Module):
     def __init__(self,
         ch,         # channels, even
         dims=3,
-        emb_dim=0,
+        emb_dim=0,  # length of the embedding; 0: none
     ):
         super().__init__()
         self.f, self.g = Branch(ch // 2, dims, emb_dim), Branch(ch // 2, dims, emb_dim)
@@ -93,7 +95,10 @@ class _Forgetful(torch.autograd.Function):
 
 class Chain(nn.Module):
     "Couplings one after the other; `forget`: keep only the last output while training"
-    def __init__(self, blocks, forget=False): super().__init__(); self.blocks, self.forget = nn.ModuleList(blocks), forget
+    def __init__(self,
+        blocks,        # `Coupling`s, in this order
+        forget=False,  # keep no activations while training
+    ): super().__init__(); self.blocks, self.forget = nn.ModuleList(blocks), forget
 
     def forward(self, x, emb=None):
         "(B, ch, ...) float32 -> the same"

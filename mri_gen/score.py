@@ -16,7 +16,9 @@ from .datasets import check_array, read_array, read_png
 from .metrics import as_region, score_table, summarise, table
 
 # %% ../nbs/34_score.ipynb #74dc7580
-def kind_of(path):
+def kind_of(
+    path,  # Path of a file or folder
+):
     "'npy', 'png' or 'nii' for a file or a folder of files, and the files by name"
     ends = {"nii": (".nii", ".nii.gz"), "npy": (".npy",), "png": (".png",)}
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -27,7 +29,9 @@ def kind_of(path):
     return got[0], found[got[0]]
 
 
-def matched(pred, truth):
+def matched(
+    pred, truth,  # Paths of files or folders
+):
     "(kind, [(name, prediction file, truth file)]); folders are matched by file name"
     (a, p), (b, t) = kind_of(pred), kind_of(truth)
     if a != b: raise UserError(f"{pred} holds {a}, {truth} holds {b}; bring both to one format")
@@ -37,7 +41,11 @@ def matched(pred, truth):
     return a, [(n, p[n], t[n]) for n in sorted(t)]
 
 # %% ../nbs/34_score.ipynb #0e86713f
-def pair_arrays(kind, p, t, rgb):
+def pair_arrays(
+    kind,  # npy, png or nii
+    p, t,  # files of prediction and truth
+    rgb,   # "gray" or "modalities", for colour PNGs
+):
     "Prediction and truth of one pair as (N,C,H,W), or (1,1,X,Y,Z) for volumes, and a remark on the scaling"
     if kind == "nii":
         from mri_gen.volumes import check_same_grid, read_volume, robust_scale
@@ -55,14 +63,20 @@ def pair_arrays(kind, p, t, rgb):
     return x, y, ""
 
 
-def volume_mask(mask, truth):
+def volume_mask(
+    mask, truth,  # NIfTI files
+):
     "A NIfTI mask, checked to lie on the truth's grid"
     from mri_gen.volumes import check_same_grid, read_volume
     m = read_volume(mask); check_same_grid({"truth": read_volume(truth), "mask": m})
     return m.data
 
 # %% ../nbs/34_score.ipynb #53147c96
-def subject_names(path, names, n):
+def subject_names(
+    path,   # CSV
+    names,  # of the files; empty where images are not files
+    n,      # how many images
+):
     "One subject per image from a CSV with a column `subject` (and `file`, where images are files)"
     try:
         with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
@@ -77,7 +91,9 @@ def subject_names(path, names, n):
     return [r["subject"] for r in rows]
 
 # %% ../nbs/34_score.ipynb #c7015c13
-def own_names(files):
+def own_names(
+    files,  # names, with their folders
+):
     "A subject for each file: its name without the ending, with its folders where names repeat (`A/T1.nii.gz`, `B/T1.nii.gz`)"
     bare = [re.sub(r"(\.nii)?\.\w+$", "", str(f)) for f in files]; short = [Path(b).name for b in bare]
     return short if len(set(short)) == len(short) else bare

@@ -78,7 +78,11 @@ def volume_slices(
     return out and SliceSet(out.images, out.table, skipped)
 
 
-def axial_slices(folder, split, strangers=None):
+def axial_slices(
+    folder,          # or file, of any kind that `load_slices` reads
+    split,
+    strangers=None,  # split of all slices where none names its own; None: see `with_splits`
+):
     "T1 of axial slices (`ixi_slices`, PNG folders, arrays on disk), shrunk to 64x64 by area, as a `SliceSet`; None where the split is empty"
     s = load_slices(folder)
     for r in s.skipped: print(f"skipped {r['file']}: {r['reason']}", flush=True)
@@ -106,7 +110,9 @@ def simulated_slices(
     return head_slices(((s, sites[i], t1(i)) for i, s in enumerate(names) if splits[s] == split), split, n, "simulated", cut)
 
 # %% ../nbs/17_slices.ipynb #c7fad41c
-def join(sets):
+def join(
+    sets,  # SliceSets; None and empty ones are left out
+):
     "Several slice sets as one"
     sets = [s for s in sets if s is not None and len(s)]
     if not sets: raise UserError("no slices for this split; check --data and --split")
@@ -114,7 +120,9 @@ def join(sets):
     return SliceSet(np.concatenate(images), [r for s in sets for r in s.table], [r for s in sets for r in s.skipped])
 
 
-def with_splits(s):
+def with_splits(
+    s,  # SliceSet
+):
     "A slice set as it is, or, where its table names no split, with a seeded one by subject (a bare array: by image); dev is carved out of train where it is missing"
     named = set(s.column("split")) - {""}
     if "train" in named and "dev" not in named:
@@ -124,7 +132,9 @@ def with_splits(s):
     return SliceSet(s.images[:, :1], [{"plane": ""} | r | ({} if named else {"split": names[r["subject"]]}) for r in s.table], s.skipped)
 
 
-def fingerprint(s):
+def fingerprint(
+    s,  # SliceSet
+):
     "Hash of a slice set's pixels: tells whether a network was trained on them"
     return f"{mix_arrays(s.images):016x}"
 

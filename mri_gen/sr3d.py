@@ -73,7 +73,11 @@ def build(cfg):
     return {"net": make(5 if cfg.method == "diffusion" else 3)}
 
 
-def load_data(cfg, data=None, pattern=None):
+def load_data(
+    cfg,
+    data=None,     # folder of volumes; None: `MRI_GEN_DATA/ixi_hh_t1_2mm`, else simulated heads
+    pattern=None,  # where volumes lie below `data`
+):
     "Training and dev heads"
     return load_heads(data, pattern, ("train", "dev"), cfg.simulated)
 
@@ -81,7 +85,12 @@ def load_data(cfg, data=None, pattern=None):
 SYMMETRIC = ("mean", "slices")   # kinds that may be mirrored: the others sample at every second voxel, and mirrored at those between
 
 
-def draw_cubes(loop, cfg, r, pieces, idx):
+def draw_cubes(
+    loop, cfg,
+    r,       # Resolution
+    pieces,  # `Pieces` of training heads
+    idx,     # (b,) numbers of the cubes
+):
     "(large, interpolated, small, (b,) noise told, (b,) coarse) of one step"
     x, u, low = pieces.batch(idx, loop.draw("flip", 3).cpu() < torch.tensor([cfg.flip, cfg.turn, cfg.turn]) * (r.kind in SYMMETRIC))
     if cfg.gain: g = (cfg.gain * loop.draw("gain", normal=True)).exp()[:, None, None, None, None]; x, u = x * g, u * g
@@ -118,16 +127,24 @@ def job(
     return diffusion_job(cfg, r, pieces, heads, meta, base, data.skipped)
 
 
-def middle(x, u, side):
+def middle(
+    x, u,  # (X,Y,Z) large, and interpolated from small
+    side,  # of the cube, voxels; an axis that is shorter stays whole
+):
     "The middle cubes of two volumes; 0: as they are"
     cut = tuple(slice((n - side) // 2 // 2 * 2, (n - side) // 2 // 2 * 2 + side) if 0 < side < n else slice(None) for n in x.shape)
     return x[cut][None, None], u[cut][None, None]
 
 
-def decibels(y, x): return -10 * (y.clamp(0, 1) - x.clamp(0, 1)).square().mean().log10().item()
+def decibels(
+    y, x,  # answer and truth of one shape; both are clipped to [0,1]
+): return -10 * (y.clamp(0, 1) - x.clamp(0, 1)).square().mean().log10().item()
 
 
-def picture(heads, answer):
+def picture(
+    heads,   # [(truth, interpolated)], (1,1,X,Y,Z) each
+    answer,  # (truth, interpolated) -> (1,1,X,Y,Z)
+):
     "(H,W) uint8: input, answer and truth of the middle slices of two heads"
     rows = []
     for x, u in heads[:2]: k = x.shape[-1] // 2; rows.append(torch.cat([v[0, 0, ..., k].float().cpu() for v in (u, answer(x, u), x)], 1))
@@ -135,7 +152,14 @@ def picture(heads, answer):
     return (torch.cat([v[:, :w] for v in rows]).clamp(0, 1) * 255).byte().numpy()
 
 
-def regression_job(cfg, r, pieces, heads, meta, skipped):
+def regression_job(
+    cfg,
+    r,        # Resolution
+    pieces,   # `Pieces` of training heads
+    heads,    # dev heads, [(truth, interpolated)], (1,1,X,Y,Z) each
+    meta,     # dict that is kept beside the weights
+    skipped,  # what could not be read, for the run's folder
+):
     "Squared error"
     def step(loop, idx):
         x, u, y, shake, low = draw_cubes(loop, cfg, r, pieces, idx)
@@ -151,7 +175,15 @@ def regression_job(cfg, r, pieces, heads, meta, skipped):
     return Job(nets, {"net": adamw(nets["net"], cfg)}, step, len(pieces), validate, lambda nets: picture(heads, lambda x, u: answer(nets["net"], x, u)), meta=meta, skipped=skipped)
 
 
-def diffusion_job(cfg, r, pieces, heads, meta, base, skipped):
+def diffusion_job(
+    cfg,
+    r,        # Resolution
+    pieces,   # `Pieces` of training heads
+    heads,    # dev heads, [(truth, interpolated)], (1,1,X,Y,Z) each
+    meta,     # dict that is kept beside the weights; holds `sd`, that of the residuals
+    base,     # frozen regression network
+    skipped,  # what could not be read, for the run's folder
+):
     "Noise is taken from the residual of `base`"
     s, sd = make_schedule(cfg.schedule, cfg.timesteps, cfg.variance), meta["sd"]
 
@@ -298,7 +330,14 @@ def pretrained(weights=None, device="auto"):
     return Upscaler(weights, device)
 
 
-def predict(given, scale=2, method=None, steps=4, samples=1, seed=0, weights=None, device="auto"):
+def predict(
+    given,        # array (X,Y,Z), path, nibabel image or Volume
+    scale=2,      # 2, or 4: the cascade
+    method=None,  # one of RULES or NETWORKS; None: what the weights are of
+    steps=4,      # of the sampler
+    samples=1,    # draws of a diffusion; more than 1: mean and standard deviation
+    seed=0, weights=None, device="auto",
+):
     "One call: see `Upscaler.predict`"
     return Upscaler(weights, device).predict(given, scale, method, steps, samples, seed)
 
@@ -314,11 +353,21 @@ class Evaluation:
     rows: list         # per volume
     truth: VolumeSet   # what was scored
     examples: dict     # of the first volume: "truth", "small", "deviation" and each method -> (X,Y,Z) float16
-    skipped: list = field(default_factory=list)
+    skipped: list = field(default_factory=list)  # dicts: what could not be read, and why
     timings: dict = field(default_factory=dict)   # method -> seconds a volume, on this machine
 
 
-def answers(up, y, shape, methods, steps=4, polyphase=None, draws=DRAWS, seed=0, r=None):
+def answers(
+    up,              # Upscaler; None where all methods are RULES
+    y,               # (X,Y,Z) small, in units of `robust_scale`, on the device
+    shape,           # of the large volume
+    methods,         # among METHODS, in the order in which they are wanted
+    steps=4,         # of the sampler
+    polyphase=None,  # fitted `Polyphase`, needed for that method only
+    draws=DRAWS,     # of diffusion, for their mean
+    seed=0,
+    r=None,          # Resolution of the RULES; None: that of `up`
+):
     "Yield (method, (X,Y,Z) tensor, seconds) and last ('deviation', standard deviation of the draws, 0)"
     kept, first = None, 0.
     for m in methods:
@@ -331,13 +380,24 @@ def answers(up, y, shape, methods, steps=4, polyphase=None, draws=DRAWS, seed=0,
     if kept is not None and len(kept) > 1: yield "deviation", kept.std(0), 0.
 
 
-def score_head(y, x, subject, index, head, cell):
+def score_head(
+    y, x,     # answer and truth, (X,Y,Z) tensors; clipped to [0,1]
+    subject,  # name
+    index,    # number of the head
+    head,     # dict of task, method, data and split
+    cell,     # e.g. "x2"
+):
     "Rows of one volume; whole and foreground"
     from mri_gen.metrics import score_table
     return [r | {"index": index} for r in score_table(y.clamp(0, 1)[None].cpu(), x.clamp(0, 1)[None].cpu(), [subject], **head, cell=cell, ssim="uniform7", dims=3)]
 
 
-def held_out(data, split, pattern, source):
+def held_out(
+    data,     # see `heads.load_heads`
+    split,
+    pattern,  # where volumes lie below `data`
+    source,   # of what the network learned from, see `core.source_id`; None: unknown
+):
     "Heads to score: whoever the network's own training data held out, or anybody's"
     return load_heads(data, pattern, (split,), 10, None if not source or source == source_id(data) else split, seed=1)
 
@@ -380,7 +440,10 @@ def companions(
     return {"polyphase": ({"polyphase": {"kernel": Polyphase.fit(data.subset(split="train"), Resolution("mean")).kernel}}, {"task": "sr3d", "method": "polyphase"})}
 
 
-def slim(nets, meta):
+def slim(
+    nets,  # {name: weights}, as `load_weights` gives them
+    meta,  # dict that lies beside the weights
+):
     "What is shipped of a run: a diffusion without its base, where the same one is shipped under its own name; no path of the machine that trained it"
     if meta.get("method") == "diffusion":
         meta = meta | {"config": meta["config"] | {"base": ""}}
@@ -400,13 +463,18 @@ CARD = dict(
 )
 
 
-def middles(v):
+def middles(
+    v,  # (X,Y,Z)
+):
     "Axial, coronal and sagittal middle planes of a (X,Y,Z) volume, upright"
     x = np.asarray(v, np.float32); X, Y, Z = x.shape
     return [np.rot90(p) for p in (x[:, :, int(Z * .55)], x[:, Y // 2], x[X // 2])]
 
 
-def tradeoff(records, region="whole"):
+def tradeoff(
+    records,  # of `Evaluation`
+    region="whole",
+):
     "Distortion against wrong spectrum, one point a method"
     import matplotlib as mpl
     from mri_gen.figures import STYLE, Picture

@@ -35,18 +35,40 @@ def cubes(
         x = x[tuple(slice(k // 4 * 4) for k in x.shape)]; yield t, x, r.down(x)
 
 
-def rows_of(z, x, t, i, method, split, cell="x2"): return sr3d.score_head(z, x, t["subject"], i, dict(task="sr3d", method=method, data=t["data"], split=split), cell)
+def rows_of(
+    z, x,       # answer and truth, (X,Y,Z)
+    t,          # the head's row of the table: subject, data, ...
+    i,          # number of the head
+    method,     # name in the rows
+    split,      # of the head, for the records
+    cell="x2",  # in the rows, e.g. "x2"
+): return sr3d.score_head(z, x, t["subject"], i, dict(task="sr3d", method=method, data=t["data"], split=split), cell)
 
 
-def value(records, metric, region="whole", **equals): return next((r["mean"] for r in records if r["metric"] == metric and r["region"] == region and all(r[k] == v for k, v in equals.items())), None)
+def value(
+    records,   # of `metrics.summarise`
+    metric,    # its name
+    region="whole",
+    **equals,  # further keys of a record; the first that fits counts
+): return next((r["mean"] for r in records if r["metric"] == metric and r["region"] == region and all(r[k] == v for k, v in equals.items())), None)
 
 
-def summed(rows):
+def summed(
+    rows,  # of `rows_of`, or alike
+):
     from mri_gen.metrics import summarise
     return summarise(rows)
 
 # %% ../nbs/25_sr3d_study.ipynb #7361a2ca
-def steps_part(up, s, split, counts=(1, 2, 4, 8, 16, 50), samplers=(("dpm", None), ("dpm", "even"), ("ddim", "even")), side=96, n=None):
+def steps_part(
+    up,                           # `sr3d.Upscaler` with a diffusion
+    s,                            # VolumeSet of held-out heads
+    split,                        # of these heads, for the records
+    counts=(1, 2, 4, 8, 16, 50),  # of steps, ascending
+    samplers=(("dpm", None), ("dpm", "even"), ("ddim", "even")),  # (sampler, spacing of its times), see `upscale.draw`
+    side=96,                      # of the middle cubes, voxels; 0: whole heads
+    n=None,                       # heads, at most; None: all
+):
     "PSNR and LSD against the number of steps, for each sampler"
     import matplotlib as mpl
     from mri_gen.figures import STYLE, Picture
@@ -69,7 +91,15 @@ def steps_part(up, s, split, counts=(1, 2, 4, 8, 16, 50), samplers=(("dpm", None
     return Part(records, [], said, {"steps": fig})
 
 # %% ../nbs/25_sr3d_study.ipynb #d57ff038
-def spread_part(up, s, split, draws=8, steps=4, side=96, n=None):
+def spread_part(
+    up,       # `sr3d.Upscaler` with a diffusion
+    s,        # VolumeSet of held-out heads
+    split,    # of these heads, for the records
+    draws=8,  # of each head
+    steps=4,  # of the sampler
+    side=96,  # of the middle cubes, voxels; 0: whole heads
+    n=None,   # heads, at most; None: all
+):
     "Spread against error"
     import matplotlib as mpl
     from scipy.stats import spearmanr
@@ -90,7 +120,17 @@ def spread_part(up, s, split, draws=8, steps=4, side=96, n=None):
     return Part(records, [], said, {"spread": fig})
 
 # %% ../nbs/25_sr3d_study.ipynb #d5d8d0f6
-def lesions_part(up, s, split, sizes=(4, 6, 8, 12), each=6, side=96, n=None, depth=-.25, methods=("cubic", "regression", "diffusion")):
+def lesions_part(
+    up,                   # `sr3d.Upscaler`
+    s,                    # VolumeSet of held-out heads
+    split,                # of these heads, for the records
+    sizes=(4, 6, 8, 12),  # diameters of the balls, mm
+    each=6,               # balls of a size in a head, at most
+    side=96,              # of the middle cubes, voxels; 0: whole heads
+    n=None,               # heads, at most; None: all
+    depth=-.25,           # what is added within a ball, in units of intensity
+    methods=("cubic", "regression", "diffusion"),  # what `restore` takes
+):
     "Share of the contrast that is kept, for each size"
     from mri_gen.figures import grid
     rows, shown = [], {}; mm = float(up.meta.get("spacing", 2.))
@@ -116,13 +156,22 @@ def lesions_part(up, s, split, sizes=(4, 6, 8, 12), each=6, side=96, n=None, dep
     return Part(records, [], said, {"lesions": grid([[view(*d[m]) for m in ("truth", *methods)] for d in shown.values()], row_labels=[f"{d} mm" for d in shown], col_labels=["truth", *methods], limits=(0, 1), size=1.3)} if shown else {})
 
 
-def restore(up, method, y, r=None, steps=4):
+def restore(
+    up,       # `sr3d.Upscaler`
+    method,   # one of `sr3d.NETWORKS` or `upscale.RULES`
+    y,        # (X,Y,Z) small, in units of `robust_scale`
+    r=None,   # Resolution for the rules; None: that of `up`
+    steps=4,  # of the sampler
+):
     "(X,Y,Z) on the CPU by any method"
     if method in sr3d.NETWORKS: return up.double(y.to(up.device), method, steps)[0].cpu()
     return by_rule(method, y[None, None], r or up.r, [2 * k for k in y.shape], up.polyphase())[0, 0]
 
 # %% ../nbs/25_sr3d_study.ipynb #b4e6c9d1
-def between(x, edge=8):
+def between(
+    x,       # (X,Y,Z)
+    edge=8,  # voxels that are mirrored beyond each edge
+):
     "A volume at the places half a voxel on, by its Fourier series (mirrored beyond its edges): these kinds sample at every second voxel, block means between two"
     z = torch.from_numpy(np.pad(np.asarray(x, np.float64), edge, "reflect"))
     for a, n in enumerate(z.shape):
@@ -131,7 +180,16 @@ def between(x, edge=8):
     return z[(slice(edge, -edge),) * 3].float()
 
 
-def inputs_part(up, s, split, noises=(.01, .03, .06), kinds=("gauss", "kspace"), side=96, n=None, methods=("cubic", "polyphase", "regression", "diffusion")):
+def inputs_part(
+    up,                         # `sr3d.Upscaler`
+    s,                          # VolumeSet of held-out heads
+    split,                      # of these heads, for the records
+    noises=(.01, .03, .06),     # standard deviations of Rician noise in the small volume
+    kinds=("gauss", "kspace"),  # other ways of losing resolution, see `resolution.KINDS`
+    side=96,                    # of the middle cubes, voxels; 0: whole heads
+    n=None,                     # heads, at most; None: all
+    methods=("cubic", "polyphase", "regression", "diffusion"),  # what `restore` takes, cubic first
+):
     "Gain over cubic interpolation for each kind of input"
     rows, methods = [], [m for m in methods if m != "polyphase" or up.polyphase()]
     for i, (t, x, y) in enumerate(cubes(s, up.r, side, n)):
@@ -145,7 +203,15 @@ def inputs_part(up, s, split, noises=(.01, .03, .06), kinds=("gauss", "kspace"),
     return Part(records, [], said, {})
 
 # %% ../nbs/25_sr3d_study.ipynb #abf2ae6a
-def cascade_part(up, s, split, told=(0., .02), noises=(.02, .05), side=96, n=None):
+def cascade_part(
+    up,                 # `sr3d.Upscaler` with a diffusion
+    s,                  # VolumeSet of held-out heads
+    split,              # of these heads, for the records
+    told=(0., .02),     # standard deviations of noise that the second stage is told, none is added
+    noises=(.02, .05),  # standard deviations that are both told and added
+    side=96,            # of the middle cubes, voxels; 0: whole heads
+    n=None,             # heads, at most; None: all
+):
     "PSNR and LSD of factor 4; the second stage is told how noisy its input is, or gets such noise, too, and need not agree with it"
     from mri_gen.figures import grid
     rows, shown = [], {}; r4 = Resolution("mean", 4)
@@ -161,7 +227,12 @@ def cascade_part(up, s, split, told=(0., .02), noises=(.02, .05), side=96, n=Non
     return Part(records, [], said, {"cascade": grid([[np.rot90(shown[k][..., shown[k].shape[-1] // 2].numpy()) for k in some]], col_labels=[k.replace(", told 0.02", "") for k in some], limits=(0, 1), size=1.5)} if shown else {})
 
 # %% ../nbs/25_sr3d_study.ipynb #5f078e0f
-def scanner_part(up, path, methods=("cubic", "polyphase", "regression", "diffusion"), side=144):
+def scanner_part(
+    up,        # `sr3d.Upscaler`
+    path,      # NIfTI volume with voxels of about 0.7 mm
+    methods=("cubic", "polyphase", "regression", "diffusion"),  # what `restore` takes
+    side=144,  # of the middle cube at full resolution, voxels
+):
     "Scores on a single volume of high resolution"
     from mri_gen.figures import grid
     from mri_gen.volumes import Volume, read_volume
@@ -176,7 +247,14 @@ def scanner_part(up, path, methods=("cubic", "polyphase", "regression", "diffusi
     return Part(records, [], said, {"scanner": grid(shown, row_labels=("2 mm", "0.7 mm"), col_labels=[*methods, "truth"], limits=(0, 1), size=1.6)})
 
 # %% ../nbs/25_sr3d_study.ipynb #5d2b161d
-def seams_part(up, s, split, tile=48, n=2, methods=("regression", "diffusion")):
+def seams_part(
+    up,       # `sr3d.Upscaler`
+    s,        # VolumeSet of held-out heads
+    split,    # of these heads, for the records
+    tile=48,  # greatest side of a piece, voxels of the large volume
+    n=2,      # heads, at most
+    methods=("regression", "diffusion"),  # among `sr3d.NETWORKS`
+):
     "Error at the borders of pieces, relative to elsewhere"
     rows = []
     for i, (t, x, y) in enumerate(cubes(s, up.r, 0, n)):

@@ -38,7 +38,10 @@ class Range(Checked):
         return min(math.floor(x), math.floor(self.high)) if self.int else min(x, self.high)
 
 
-def named(key, value):
+def named(
+    key,    # name of a field, or several with commas between
+    value,  # its value, or a list of as many
+):
     "{field: value} of one key: `beta1,beta2` stands for two fields"
     names = [n.strip() for n in key.split(",")]
     return dict(zip(names, value)) if len(names) > 1 else {key: value}
@@ -90,7 +93,9 @@ class Study(Checked):
         return out
 
 # %% ../nbs/33_sweep.ipynb #fa5e16a3
-def check_space(study):
+def check_space(
+    study,  # Study
+):
     "Every choice and both ends of every range must be settings of the task; raises the messages of its Config"
     config = task_module(study.task).Config
     config.profile(study.profile, **study.params)
@@ -103,7 +108,9 @@ def check_space(study):
     if study.storage and re.search(r"://[^@/]*:(?!\$)[^@/]+@", study.storage): raise UserError("storage: keep the password out of the file: write ${NAME} in its place and set NAME in the environment")
 
 
-def load_yaml(text):
+def load_yaml(
+    text,  # content of a file
+):
     "YAML as people mean it: 1e-3 is a number, and a key that stands twice is an error"
     import yaml
     class Loader(yaml.SafeLoader):
@@ -147,7 +154,10 @@ def read_study(
     return study
 
 # %% ../nbs/33_sweep.ipynb #95c73e9b
-def open_study(study, folder):
+def open_study(
+    study,   # Study
+    folder,  # Path of the study
+):
     "The study in its database, made or found; `UserError` where another study has that name"
     import optuna, sqlalchemy
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -163,7 +173,10 @@ def open_study(study, folder):
     return found
 
 
-def sampler(study, number):
+def sampler(
+    study,   # Study
+    number,  # of the trial
+):
     "Where optuna takes the values of trial `number` from"
     import optuna
     if study.sampler == "tpe": return optuna.samplers.TPESampler(seed=mix(study.seed, "tpe", number) % 2**32)
@@ -176,7 +189,10 @@ def sampler(study, number):
     return Drawn()
 
 
-def suggest(study, trial):
+def suggest(
+    study,  # Study
+    trial,  # optuna's
+):
     "{field: value} of a trial; choices are kept as JSON, so that lists may be among them"
     out = {}
     for key, spec in study.space.items():
@@ -225,7 +241,9 @@ def claim(
 
 # %% ../nbs/33_sweep.ipynb #8fae9a35
 @contextlib.contextmanager
-def beating(trial):
+def beating(
+    trial,  # optuna's
+):
     "A heartbeat in the database while it is entered"
     stop = threading.Event()
     def beat():
@@ -237,7 +255,10 @@ def beating(trial):
     finally: stop.set(); thread.join()
 
 # %% ../nbs/33_sweep.ipynb #11b83790
-def figure_of(study, run):
+def figure_of(
+    study,  # Study
+    run,    # RunFolder of a finished trial
+):
     "What a finished run scored on dev"
     rows = read_rows(run / "metrics.csv")
     known = [k[4:] for k in (rows[0] if rows else {}) if k.startswith("val_")]
@@ -249,7 +270,9 @@ def figure_of(study, run):
 
 
 def one_trial(
-    study, trial, folder,
+    study,           # Study
+    trial,           # optuna's
+    folder,          # Path of the study
     max_hours=None,  # then it pauses
     **kw,            # to `fit`: device, threads
 ):
@@ -268,7 +291,9 @@ def one_trial(
     return ("done", value, "") if math.isfinite(value) else ("lost", None, f"{', '.join(study.metric)} not finite")
 
 # %% ../nbs/33_sweep.ipynb #be4de75c
-def study_folder(study): return (Path(study.out) if study.out else (root() or Path.cwd()) / ("artifacts/runs" if root() else "runs") / study.task) / study.study
+def study_folder(
+    study,  # Study, or the `Runs` of a sweep
+): return (Path(study.out) if study.out else (root() or Path.cwd()) / ("artifacts/runs" if root() else "runs") / study.task) / study.study
 
 
 def sweep(
@@ -315,7 +340,10 @@ def _tell(found, trial, value, why):
 STATES = {"COMPLETE": "done", "PRUNED": "lost", "FAIL": "lost"}
 
 
-def rows(study, found):
+def rows(
+    study,  # Study
+    found,  # optuna's study, of `open_study`
+):
     "One dict for each trial: number, state, value, reason, settings"
     out = []
     for t in found.get_trials(deepcopy=False)[:study.trials]:
@@ -326,7 +354,12 @@ def rows(study, found):
     return out
 
 
-def results(study, found, folder, picture=False):
+def results(
+    study,          # Study
+    found,          # optuna's study, of `open_study`
+    folder,         # Path of the study
+    picture=False,  # also draw `search_figure`
+):
     "Write `best.json` and `search.csv` (and `search.png`); returns (counts by state, best)"
     table = rows(study, found)
     counts = {s: n for s in ("done", "lost", "open") if (n := sum(r["state"] == s for r in table))}
@@ -347,7 +380,7 @@ def results(study, found, folder, picture=False):
 
 # %% ../nbs/33_sweep.ipynb #f811a924
 def search_figure(
-    study,
+    study,  # Study
     table,  # of `rows`
     best,   # content of best.json
 ):

@@ -55,7 +55,9 @@ class Runs(Checked):
         return {",".join(n.strip() for n in str(k).split(",")): v for k, v in grid.items()}
 
 
-def is_runs(path):
+def is_runs(
+    path,  # .yaml
+):
     "Whether a file holds parameter sets of a notebook (grid, runs) and not a search (space)"
     got = read_yaml(path, "task, then space, trials and metric for a search, or grid or runs for a sweep,")
     if (mine := got.keys() & {"grid", "runs"}) and "space" in got: raise UserError(f"{path}: {min(mine)} belongs to a sweep of runs, space to a search; keep one of them")
@@ -79,8 +81,8 @@ def run_name(
 @dataclass
 class Run:
     "One parameter set, and where it stands"
-    name: str
-    folder: Path
+    name: str                  # of its folder, see `run_name`
+    folder: Path               # of the run
     vary: dict                 # what tells it from the others
     given: dict                # all that the file says of it
     cfg: object                # Config
@@ -88,21 +90,28 @@ class Run:
     process: object = None     # while it runs: Popen of `mri_gen run`
     log: object = None         # ... its locked log
     slot: int = 0              # ... the least number that no other has
-    began: float = 0.
+    began: float = 0.          # ... by the monotonic clock, s
     now: float = 0.            # ... GiB
     peak: float = 0.           # GiB, the most that was seen
     start: int = 0             # ... where this attempt begins in the log
     figures: dict = None       # of a finished one: {column: value}
 
 
-def no_texts(key, given, got):
+def no_texts(
+    key,    # for the message
+    given,  # as the file says it
+    got,    # what became of it in the settings
+):
     "A text that came to be another type was meant to be that"
     if isinstance(given, str) and not isinstance(got, str): raise UserError(f"{key}={given!r}: a text, and {type(got).__name__} is meant; take the quotes away")
     if isinstance(given, (list, tuple)) and isinstance(got, (list, tuple)):
         for a, b in zip(given, got): no_texts(key, a, b)
 
 
-def check_keys(study, known):
+def check_keys(
+    study,  # Runs
+    known,  # {parameter of the notebook: type}
+):
     "Each key is a parameter and stands in one place"
     place = {}
     for where, keys in (("params", [*study.params]), ("grid", [n for k in study.grid for n in k.split(",")]), ("runs", [*dict.fromkeys(k for r in study.runs for k in r)])):
@@ -146,7 +155,9 @@ def read_runs(
     except UserError as e: raise UserError(f"{path}: {e}") from None
 
 # %% ../nbs/33_sweep_runs.ipynb #0909f641
-def record_of(run): return read_json(run.folder / "run.json") if (run.folder / "run.json").exists() else {}
+def record_of(
+    run,  # Run
+): return read_json(run.folder / "run.json") if (run.folder / "run.json").exists() else {}
 
 
 def state_of(
@@ -158,10 +169,16 @@ def state_of(
     return "open" if not record else "done" if (run.folder / f"{task}.ipynb").exists() else record["state"] if record["state"] == "failed" else "open"
 
 
-def about(run, study): return dict(name=run.name, task=study.task, profile=study.profile, params=run.given, config=run.cfg.model_dump(mode="json"), own=run.own, data=str(Path(study.data).resolve()) if study.data else "")
+def about(
+    run,    # Run
+    study,  # Runs
+): return dict(name=run.name, task=study.task, profile=study.profile, params=run.given, config=run.cfg.model_dump(mode="json"), own=run.own, data=str(Path(study.data).resolve()) if study.data else "")
 
 
-def check_folders(study, runs):
+def check_folders(
+    study,  # Runs
+    runs,   # Run of each
+):
     "A folder that holds the same name with other settings is an error that names them; so is one of a search"
     folder = study_folder(study)
     if (folder / "search.yaml").exists(): raise UserError(f"{folder}: holds a search; give this sweep another name (study)")
@@ -187,10 +204,16 @@ def room(
     return (budget is None or sum(most) + need <= budget) and sum(max(0., m - now) for m, (now, _) in zip(most, active)) + need <= free
 
 
-def needed(study, runs): return max([r.peak for r in runs if r.peak and not r.process], default=study.memory_per_run)
+def needed(
+    study,  # Runs
+    runs,   # Run of each
+): return max([r.peak for r in runs if r.peak and not r.process], default=study.memory_per_run)
 
 # %% ../nbs/33_sweep_runs.ipynb #cb9dd6f6
-def container_left(own="/proc/self/cgroup", base="/sys/fs/cgroup"):
+def container_left(
+    own="/proc/self/cgroup",  # file that names the control groups of a process
+    base="/sys/fs/cgroup",    # where control groups are mounted
+):
     "GiB that the limits of this process's control groups (version 1 or 2) leave, infinite without any; a file cache that could be dropped counts as left"
     left = [math.inf]
     with contextlib.suppress(OSError):
@@ -208,7 +231,9 @@ def memory_left():
     return min(free_memory("cpu") / GIB, container_left())
 
 
-def footprint(pid):
+def footprint(
+    pid,  # of a running process
+):
     "(now, peak) in GiB of a process and all it has started. One that was just forked shows its parent's memory, so it counts from its second second on"
     import psutil
     tree, now, peak = [], 0, 0
@@ -225,7 +250,8 @@ PROGRAM = (sys.executable, "-m", "mri_gen.cli")
 
 
 def surroundings(
-    slot, jobs,
+    slot,           # number among those at work: chooses the GPU where there are several
+    jobs,           # runs at a time
     threads=None,   # CPU threads of each run; None: the cores, shared out
     device="auto",  # auto, cpu, cuda, cuda:1
 ):
@@ -240,7 +266,9 @@ def surroundings(
     return env
 
 
-def tied(parent=None):
+def tied(
+    parent=None,  # process id; None: this process
+):
     "For `preexec_fn`: the process gets a SIGTERM when the thread that started it dies (prctl(2), PR_SET_PDEATHSIG; Linux); None where there is no such thing"
     parent, prctl = parent or os.getpid(), getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     def tie():
@@ -249,7 +277,12 @@ def tied(parent=None):
     return tie if prctl else None
 
 # %% ../nbs/33_sweep_runs.ipynb #85602ceb
-def launch(run, study, env, program):
+def launch(
+    run,      # Run
+    study,    # Runs
+    env,      # environment of the process
+    program,  # words before `run`, e.g. (python, -m, mri_gen.cli)
+):
     "Start a run, True; False where somebody else works at it"
     if not (log := _hold(run.folder / "log.txt")): return False
     if state_of(run, study.task) != "open": log.close(); return True      # somebody else has just finished it
@@ -262,7 +295,10 @@ def launch(run, study, env, program):
     return True
 
 # %% ../nbs/33_sweep_runs.ipynb #13c5b0b8
-def why(run, task):
+def why(
+    run,   # Run whose process has ended
+    task,  # slug
+):
     "(traceback, its last line) of a failed run: of the cell that failed, else the end of its log"
     half, errors = run.folder / f"{task}.unfinished.ipynb", []
     with contextlib.suppress(UserError): errors = [o for c in read_json(half)["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
@@ -273,7 +309,8 @@ def why(run, task):
 
 
 def conclude(
-    run, study,
+    run,             # Run whose process has ended
+    study,           # Runs
     stopping=False,  # it was told to stop
 ):
     "Write down how a run ended, and let go of it; done, failed, or open where it was stopped"
@@ -289,7 +326,10 @@ def conclude(
     return ended
 
 # %% ../nbs/33_sweep_runs.ipynb #4c1c2ab3
-def figures_of(run, study):
+def figures_of(
+    run,    # Run
+    study,  # Runs
+):
     "{column: mean} from the metrics.json of a finished run, and what its training logged last of the same"
     from mri_gen.metrics import load_metrics
     from mri_gen.report import main_metrics, main_region
@@ -307,7 +347,10 @@ def figures_of(run, study):
     return {" ".join([r["metric"], *(r[k] for k in several)]): r["mean"] for r in sorted(fits, key=lambda r: metrics.index(r["metric"]))} | {f"{m} on dev": v for m, v in last.items() if v is not None}
 
 # %% ../nbs/33_sweep_runs.ipynb #fb825cb0
-def rows(study, runs):
+def rows(
+    study,  # Runs
+    runs,   # Run of each
+):
     "One dict for each run"
     out = []
     for r in runs:
@@ -318,7 +361,10 @@ def rows(study, runs):
     return [{k: r.get(k, "") for k in columns} for r in out]
 
 
-def results(study, runs):
+def results(
+    study,  # Runs
+    runs,   # Run of each
+):
     "Write `runs.csv` and `runs.md`; returns the rows"
     folder = study_folder(study)
     with locked(folder / "lock"):
@@ -332,7 +378,10 @@ def results(study, runs):
 GRACE = 300   # seconds
 
 
-def stop_run(run, force=False):
+def stop_run(
+    run,          # Run at work
+    force=False,  # end it, and all that it started, at once
+):
     "SIGTERM to `mri_gen run`, which knows what to do; `force`: the end of it and of all it started"
     import psutil
     with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -342,14 +391,26 @@ def stop_run(run, force=False):
         run.process.wait()
 
 
-def line(run, ended, row):
+def line(
+    run,    # Run
+    ended,  # done, failed or open
+    row,    # of `record_of`
+):
     "`lr=0.001_seed=0: done in 12 s, 0.81 GiB, psnr 27.31`"
     cost = f"{row['seconds']:.0f} s" + (f", {row['gib']:.2f} GiB" if row.get("gib") else "")
     if ended == "done": return f"{run.name}: done in {cost}" + "".join(f", {k} {v:.4g}" for k, v in (run.figures or {}).items() if v is not None)
     return f"{run.name}: failed after {cost}: {row['error']} ({run.folder / 'error.txt'})" if ended == "failed" else f"{run.name}: stopped after {cost}; goes on next time"
 
 # %% ../nbs/33_sweep_runs.ipynb #6567ccd7
-def work(study, runs, stop, end, say, env, program):
+def work(
+    study,    # Runs
+    runs,     # Run of each
+    stop,     # entered `train.Stop`: a signal ends the work
+    end,      # time at which it ends, by the monotonic clock, s
+    say,      # called with a line of news
+    env,      # (slot) -> environment of a run
+    program,  # see `launch`
+):
     "Keep as many at work as jobs and memory allow, until none is left or it is time to stop"
     waiting, told, seen = [r for r in runs if state_of(r, study.task) == "open"], set(), 0.
     active, stopping = [], 0.
@@ -391,7 +452,8 @@ def sweep_runs(
     data=None, out=None, jobs=None, memory=None,   # instead of the file's
     retry=False,     # also those that failed
     max_hours=None,  # stop cleanly after this time; the same call goes on later
-    device="auto", threads=None,
+    device="auto",
+    threads=None,    # CPU threads of each run; None: the cores, shared out
     say=print,       # one line per run
     program=None,    # whose `run` executes the notebook; None: this one's
 ):
@@ -412,7 +474,10 @@ def sweep_runs(
     return folder, table
 
 
-def tell_failed(folder, table):
+def tell_failed(
+    folder,  # of the sweep
+    table,   # of `rows`
+):
     "Raise `Skipped` where a run failed: how many, and which first"
     failed = [r for r in table if r["state"] == "failed"]
     if failed: raise Skipped(f"done, but {len(failed)} of {len(table)} runs failed; the first: {failed[0]['run']}: {failed[0]['error']} (why: {folder / failed[0]['run'] / 'error.txt'}; again: --retry)")

@@ -56,7 +56,10 @@ def lr_factor(
     return up * (cfg.lr_end + (1 - cfg.lr_end) * .5 * (1 + math.cos(math.pi * min(1., t))))
 
 
-def adamw(net, cfg):
+def adamw(
+    net,  # module
+    cfg,
+):
     "AdamW over a network with the fused kernel"
     return torch.optim.AdamW(net.parameters(), cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
 
@@ -78,7 +81,11 @@ class Job:
 # %% ../nbs/13_train.ipynb #e3dbea33
 class Loop:
     "Networks, precision, randomness and updates for one run"
-    def __init__(self, job, cfg, device):
+    def __init__(self,
+        job,     # Job
+        cfg,
+        device,  # torch device
+    ):
         self.job, self.cfg, self.device, self.step = job, cfg, device, 0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if cfg.batch_size % self.world: raise UserError(f"batch_size={cfg.batch_size} cannot be shared by {self.world} processes; choose a multiple")
@@ -227,7 +234,12 @@ class Stop:
 # %% ../nbs/13_train.ipynb #f35c6fd8
 class Log:
     "Rows of figures: memory, `metrics.csv` and one line for people"
-    def __init__(self, run, cfg, step, quiet=False):
+    def __init__(self,
+        run,   # RunFolder
+        cfg,
+        step,  # steps done so far: rows after it are dropped
+        quiet=False,
+    ):
         self.path, self.cfg, self.quiet, self.first = run / "metrics.csv", cfg, quiet, step
         try: self.rows = [r for r in read_rows(self.path, ("step",)) if int(r["step"]) <= step] if self.path.exists() else []
         except ValueError: raise UserError(f"{self.path}: a step is no whole number; restore it from a copy, or delete it (the figures so far are lost, nothing else)") from None
@@ -420,7 +432,10 @@ def train_task(
     return run, fit(job, cfg, run, **kw)
 
 
-def report_end(run, info):
+def report_end(
+    run,   # RunFolder
+    info,  # what `fit` returned
+):
     "Print the last line of a training; `Skipped` where its data lacked files"
     skipped = read_skipped(run.path)
     print(f"{info['state']} step={info['step']}{f' skipped={len(skipped)}' if skipped else ''} run={run.path}", flush=True)
@@ -449,7 +464,9 @@ def main(argv=None):
     return 0
 
 
-def leave(code):
+def leave(
+    code,  # exit code
+):
     "End this process. One of several skips Python's own teardown: a thread of gloo that still drops a tensor then would abort it (PyTorch issue 190489), after all is written"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: sys.exit(code)
     sys.stdout.flush(); sys.stderr.flush()

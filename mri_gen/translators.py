@@ -22,7 +22,9 @@ from .layers import UNet, crop_to, pad_to_multiple, zero_
 # %% ../nbs/18_translators.ipynb #cf5e1ea7
 class Norm(nn.Module):
     "Instance norm with scale and offset (Ulyanov et al. 2016), eps 1e-5; a map of one pixel gives the offset, as TensorFlow does"
-    def __init__(self, ch):
+    def __init__(self,
+        ch,  # channels
+    ):
         super().__init__(); self.weight, self.bias = nn.Parameter(torch.randn(ch) * .02 + 1), nn.Parameter(torch.zeros(ch))
 
     def forward(self, x):
@@ -30,7 +32,9 @@ class Norm(nn.Module):
         return (x - m) * (v + 1e-5).rsqrt() * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-def drawn_small(net):
+def drawn_small(
+    net,  # module, changed in place
+):
     "Weights of convolutions drawn from N(0, 0.02), biases zero, as the original's"
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -76,7 +80,10 @@ class _Residual(nn.Module):
 class ResNetTranslator(nn.Module):
     "ResNet-9 generator of CycleGAN (Zhu et al. 2017, appendix 7.2)"
     normalised = False
-    def __init__(self, ch=64, blocks=9):
+    def __init__(self,
+        ch=64,     # channels at full resolution
+        blocks=9,  # residual blocks
+    ):
         super().__init__()
         step = lambda conv, c: (conv, nn.InstanceNorm2d(c), nn.ReLU())
         self.body = nn.Sequential(nn.ReflectionPad2d(3), *step(nn.Conv2d(1, ch, 7), ch), *step(nn.Conv2d(ch, 2 * ch, 3, 2, 1), 2 * ch), *step(nn.Conv2d(2 * ch, 4 * ch, 3, 2, 1), 4 * ch), *(_Residual(4 * ch) for _ in range(blocks)),
@@ -106,7 +113,9 @@ def brightness(
 KNOTS, TOP = 48, 2.4     # of a table: values at equal distances from 0 to TOP, relative
 
 
-def knots(x):
+def knots(
+    x,  # intensities, clipped to 0 ... TOP
+):
     "(number of the knot below, weight of the one above) for values of any shape"
     v = (x / TOP * (KNOTS - 1)).clamp(0, KNOTS - 1 - 1e-3); i = v.detach().long()
     return i, v - i
@@ -230,7 +239,7 @@ def judge_loss(
 
 def fool_loss(
     fake,  # (B,1,h,w) verdicts on fakes
-    kind,
+    kind,  # one of GAN_LOSSES
 ):
     "Loss of a generator for these verdicts, 0-d"
     return {"lsgan": lsgan_g, "bce": lambda v: F.softplus(-v).mean(), "hinge": lambda v: -v.mean()}[kind](fake)
@@ -250,9 +259,9 @@ def structure_loss(
 class Pool:
     "The last fakes with what belongs to each, as tensors that a checkpoint can keep"
     def __init__(self,
-        size,        # images; 0: none
-        *shapes,     # of each part, e.g. (1,96,96); (): whole numbers
-        device="cpu",
+        size,          # images; 0: none
+        *shapes,       # of each part, e.g. (1,96,96); (): whole numbers
+        device="cpu",  # cpu, cuda or a torch device
     ):
         self.size, self.parts = size, [torch.zeros(size, *s, device=device, dtype=torch.float32 if s else torch.int64) for s in shapes]
         self.filled = torch.zeros((), dtype=torch.int64, device=device)
@@ -279,7 +288,11 @@ class Pool:
         return out
 
 # %% ../nbs/18_translators.ipynb #44e86998
-def near_loss(y, x, kind):
+def near_loss(
+    y,     # (B,1,H,W) of a network
+    x,     # (B,1,H,W) what it should be
+    kind,  # "l1" or "psnr"
+):
     "Mean absolute error, or decibels / 50 (mean over samples, with a floor at -27 dB), 0-d float32"
     return (y.float() - x).abs().mean() if kind == "l1" else (10 * ((y.float() - x).square().mean((1, 2, 3)) + 2e-3).log10()).mean() / 50
 
@@ -299,7 +312,10 @@ def render(
 
 
 @torch.no_grad()
-def lights(net, x):
+def lights(
+    net,  # one of the translators
+    x,    # (B,1,H,W) whole slices in [0,1]
+):
     "((B,) brightness of whole slices, (B,) guessed of their translation); ones for a network that takes intensities as they are"
     if not net.normalised: return (torch.ones(len(x), device=x.device),) * 2
     t = net.told(x); return brightness(t), net.log_brightness(t).exp()

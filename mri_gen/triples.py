@@ -151,7 +151,11 @@ def simulated_triples(
 TISSUE_NAMES = ("CSF", "GM", "WM")
 
 
-def simulated_head(index, seed, spacing):
+def simulated_head(
+    index,    # 1, 2, ...: who
+    seed,
+    spacing,  # mm, in-plane voxel
+):
     "({modality: Volume}, labels (X,Y,Z): 0 none, 1.. of `TISSUE_NAMES`): T1 brought onto the grid of PD by the true transform"
     import nibabel as nib
     from mri_gen.phantom import simulate_subject
@@ -163,12 +167,16 @@ def simulated_head(index, seed, spacing):
     return v, np.where(parts.max(0) > .5, 1 + parts.argmax(0), 0)
 
 # %% ../nbs/18_triples.ipynb #f9cf7dc1
-def known_split(subject):
+def known_split(
+    subject,  # name
+):
     "What data/splits.csv says; None for a stranger, or without a checkout"
     return split_of(subject) if root() else None
 
 
-def name_splits(s):
+def name_splits(
+    s,  # SliceSet
+):
     "A slice set with splits: its own, or seeded by subject where it names none; dev is carved out of train where it is missing"
     names = set(s.column("split").tolist()) - {""}
     if not names: given = split_subjects(s.subjects, [next(r.get("site", "") for r in s.table if r["subject"] == p) for p in s.subjects])

@@ -65,7 +65,10 @@ def pairs(
     return SliceSet(np.concatenate([s.images[i], s.images[j]], 1), [{k: v for k, v in s.table[a].items() if k != "modality"} for a in i], s.skipped)
 
 # %% ../nbs/18_unpaired.ipynb #160a16fe
-def kinds_of(s, told=("position", "site")):
+def kinds_of(
+    s,                          # SliceSet with modality
+    told=("position", "site"),  # columns of its table: a kind is what they say together
+):
     "(N,) int64 number of each slice's kind, and the names"
     names = ["/".join(str(r.get(k, "")) for k in told) for r in s.table]; known = sorted(set(names))
     t1, t2 = ({n for n, r in zip(names, s.table) if r["modality"] == m} for m in CONTRASTS)
@@ -75,7 +78,7 @@ def kinds_of(s, told=("position", "site")):
 # %% ../nbs/18_unpaired.ipynb #e1588098
 def mutual_information(
     x, y,     # (H,W) in [0,1] or uint8
-    bins=32,
+    bins=32,  # of the histogram, along each axis
 ):
     "Normalised mutual information of two images on one grid, 1 to 2 (Studholme et al. 1999)"
     q = lambda v: np.minimum((np.asarray(v, np.float32) / (255 if np.asarray(v).dtype == np.uint8 else 1) * bins).astype(int), bins - 1).ravel()
@@ -110,7 +113,9 @@ def read_folder(
     return np.stack(images), np.array(number)[order]
 
 
-def two_folders(path):
+def two_folders(
+    path,  # folder, or anything else: then None
+):
     "{contrast: path} where a folder holds one folder or array of each contrast, else None"
     tries = ({"T1": "Tr1/TrainT1", "T2": "Tr2/TrainT2"}, {"T1": "T1", "T2": "T2"}, {"T1": "T1.npy", "T2": "T2.npy"})
     holds = lambda p: p.is_file() or next((f for f in p.glob("*") if f.suffix.lower() == ".png"), None) is not None
@@ -154,7 +159,7 @@ def load_unpaired(
     simulated=6,     # simulated subjects, where there is nothing else
     splits=None,     # only these; None: all
     strangers=None,  # see `triples.load_triples`
-    seed=None,
+    seed=None,       # see `triples.load_triples`
 ):
     "Single slices with modality and split, both contrasts of everybody as far as there are, as a `SliceSet`"
     if data is not None and two_folders(data): s = block_set(data)
@@ -187,7 +192,10 @@ def match_histogram(
     return np.interp(cx, cy, np.arange(256) / 255).astype(np.float32)
 
 
-def through(table, x):
+def through(
+    table,  # (256,) array
+    x,      # (N,H,W) in [0,1]
+):
     "(N,H,W) through a table of 256 values"
     return table[np.round(np.clip(x, 0, 1) * 255).astype(np.uint8)]
 
@@ -228,7 +236,7 @@ class Sides:
         data,          # SliceSet with modality, split train
         paired=False,  # use pairs, as unpaired training may not
         matched=True,  # partners of the same kind, see `kinds_of`
-        device="cpu",
+        device="cpu",  # cpu, cuda or a torch device
     ):
         if missing := [m for m in CONTRASTS if m not in set(data.column("modality").tolist())]: raise UserError(f"no {missing[0]} slices to train on; pass T1 and T2 of at least two people, one for each contrast, or folders T1/ and T2/ of PNGs")
         both = pairs(data) if paired else None

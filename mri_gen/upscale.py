@@ -16,7 +16,13 @@ from .heads import prepare
 from .layers import crop_to, depth_to_space, pad_to_multiple
 
 # %% ../nbs/19_upscale.ipynb #6fb79ea7
-def told(n, time=0., shake=0., coarse=0., device="cpu"):
+def told(
+    n,          # length of the batch
+    time=0.,    # of the diffusion, 0 (clean) to 1000 (noise); 0 for a regression
+    shake=0.,   # standard deviation of the noise in the small volume
+    coarse=0.,  # 1 where a head of half the resolution is wanted, else 0
+    device="cpu",
+):
     "(n,3): what a network is told; numbers or (n,) tensors"
     return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).expand(n) for v in (time, shake, coarse)], 1)
 
@@ -29,7 +35,13 @@ def fast(device):
 SIZE = .07   # of what interpolation leaves, about; regression answers in units of it, or the first steps of Adam overshoot by far
 
 
-def mean_of(net, u, about, small=None, r=None):
+def mean_of(
+    net,         # regression network
+    u,           # (B,1,...) interpolated
+    about,       # (B,3) of `told`
+    small=None,  # (B,1,...) measurement; None: the answer need not agree with one
+    r=None,      # Resolution, needed with `small`
+):
     "What regression answers, (B,1,...) float32; agreeing with `small` where that is given"
     y = u + SIZE * net(contrast(u), about).float()
     return y if small is None else r.project(y, small)
@@ -43,10 +55,19 @@ def contrast(
     return torch.cat([2 * u - 1, (u - a) / .05, (a - b) / .1], 1)
 
 
-def beside(z, m, u): return torch.cat([z, contrast(m), (u - m) / SIZE], 1)   # what the diffusion network sees: noisy residual, mean, and what the mean changed
+def beside(
+    z,  # (B,1,...) noisy residual, in units of its standard deviation
+    m,  # (B,1,...) mean: what regression answers
+    u,  # (B,1,...) interpolated
+): return torch.cat([z, contrast(m), (u - m) / SIZE], 1)   # what the diffusion network sees: noisy residual, mean, and what the mean changed
 
 
-def agree(z, y, shake, r):
+def agree(
+    z,      # (B,1,...) large
+    y,      # (B,1,...) small
+    shake,  # (B,) standard deviation of the noise that was added to the input
+    r,      # Resolution
+):
     "Projection onto y where y is a measurement; an input that was shaken is none"
     return torch.where(shake[:, None, None, None, None] > 0, z, r.project(z, y))
 
@@ -155,7 +176,9 @@ def draw(
     return torch.cat(out)
 
 # %% ../nbs/19_upscale.ipynb #bdf4891b
-def shared(n): return max(8, round(n / 32) * 8)   # voxels that neighbouring pieces of side n share: multiples of 8, so that every piece begins where the network's own grid does
+def shared(
+    n,  # side of a piece, voxels
+): return max(8, round(n / 32) * 8)   # voxels that neighbouring pieces of side n share: multiples of 8, so that every piece begins where the network's own grid does
 
 
 def in_pieces(
@@ -200,11 +223,11 @@ RULES = ("nearest", "linear", "cubic", "back_projection", "polyphase")
 
 
 def by_rule(
-    name,  # one of RULES
-    y,     # (1,1,...) small
-    r,     # Resolution
-    shape, # of the large volume
-    polyphase=None,
+    name,            # one of RULES
+    y,               # (1,1,...) small
+    r,               # Resolution
+    shape,           # of the large volume
+    polyphase=None,  # fitted `Polyphase`, needed for that name only
 ):
     "(1,1,...) without any network"
     if name == "back_projection": return r.back_project(y, shape)

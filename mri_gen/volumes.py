@@ -62,7 +62,9 @@ def _unit_mm(header):
     return {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0) if header is not None else 1.0
 
 
-def grid_name(v):
+def grid_name(
+    v,  # Volume
+):
     "'120x120x90 at 2.00x2.00x2.00 mm'"
     return f"{'x'.join(map(str, v.shape))} at {'x'.join(f'{s:.2f}' for s in v.spacing)} mm"
 

@@ -20,7 +20,9 @@ from .layers import ResBlock, crop_to, depth_to_space, group_norm, pad_to_multip
 BANDS = ((1., 20.), (2., 15.), (4., 12.), (8., 10.), (16., 8.))   # (width [pixels], gain)
 
 
-def bands(x):
+def bands(
+    x,  # in [0,1]
+):
     "(B,1,H,W) -> (B,6,H,W): brightness and band-pass images, each with a spread of about 1"
     out, last = [4 * (x - .25)], x
     with torch.autocast(x.device.type, enabled=False):
@@ -36,7 +38,8 @@ class Autoencoder(nn.Module):
     def __init__(self,
         quantiser,        # of `codes`
         chs=(64, 128),    # channels at 1/4 and 1/8
-        blocks=2, cell=8,
+        blocks=2,         # residual blocks per resolution and direction
+        cell=8,           # pixels along a side of a code's cell: 8 or 4
     ):
         super().__init__()
         a, b, d, self.cell, self.quantiser = chs[0], chs[-1], quantiser.channels, cell, quantiser
@@ -64,7 +67,10 @@ class Autoencoder(nn.Module):
 class Original(nn.Module):
     "The original project's network: 49,937 parameters"
     cell = 4
-    def __init__(self, codes=128, dim=16):
+    def __init__(self,
+        codes=128,  # K
+        dim=16,     # D
+    ):
         super().__init__()
         self.quantiser = VectorQuantiser(codes, dim, learn="gradient")
         self.encoder = nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, dim, 1))
@@ -75,7 +81,9 @@ class Original(nn.Module):
     forward = Autoencoder.forward
 
 # %% ../nbs/18_vqnets.ipynb #a31bb98a
-def ssim_terms(p, t):
+def ssim_terms(
+    p, t,  # prediction and truth, (B,1,H,W)
+):
     "(SSIM map (B,1,H-6,W-6) of 7x7 uniform windows with sample covariance, data range 1; mean of t in each window), differentiable"
     m = lambda v: F.avg_pool2d(v, 7, 1)
     a, b = m(p), m(t); n = 49 / 48; c1, c2 = 1e-4, 9e-4
@@ -94,7 +102,10 @@ def image_loss(
 
 # %% ../nbs/18_vqnets.ipynb #63a242ae
 @torch.no_grad()
-def checks(net, some):
+def checks(
+    net,   # autoencoder
+    some,  # `DeviceData` of dev slices
+):
     "Figures over dev slices: SSIM (7x7), that of ten of them (the original's curve), PSNR, perplexity and active codes"
     n, counts, s = len(some), 0, []; psnr = 0.; ten = np.unique(np.linspace(0, n - 1, 10).round().astype(int))
     for i in range(0, n, 8):
@@ -103,7 +114,10 @@ def checks(net, some):
     return {"ssim": sum(s) / n, "ssim_10": sum(s[i] for i in ten) / len(ten), "psnr": psnr / n} | {k: float(v) for k, v in usage(counts).items()}
 
 
-def sixteen(net, some):
+def sixteen(
+    net,   # autoencoder
+    some,  # `DeviceData` of dev slices
+):
     "The same sixteen dev slices after each validation, originals above reconstructions, as one (H,W) uint8 picture"
     x = some.batch(np.linspace(0, len(some) - 1, min(16, len(some))).astype(int)); y = torch.cat([net(v)[0] for v in x.split(4)])
     n = max(1, len(x) // 2); rows = [v for k in range(0, max(1, len(x) - len(x) % 2), n) for v in (x[k:k + n], y[k:k + n])]
@@ -111,7 +125,11 @@ def sixteen(net, some):
 
 
 @torch.no_grad()
-def encode_all(net, data, flip=False):
+def encode_all(
+    net,         # autoencoder
+    data,        # DeviceData
+    flip=False,  # mirrored: the rows in reverse order
+):
     "(N,L,h,w) codes of slices, eight at a time"
     return torch.cat([net.quantiser(net.encode(x.flip(2) if flip else x))[1] for i in range(0, len(data), 8) for x in [data.batch(np.arange(i, min(i + 8, len(data))))]])
 
@@ -119,8 +137,8 @@ def encode_all(net, data, flip=False):
 def in_chunks(
     f,      # of a tensor (n,...), n always the same
     x,      # (N,...)
-    device="cpu",
-    n=4,
+    device="cpu",  # cpu, cuda or a torch device
+    n=4,    # rows of x at a time
 ):
     "f of an array, chunk by chunk, the last one filled up"
     out = []

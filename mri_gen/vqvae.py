@@ -107,10 +107,10 @@ def _with_prior(cfg, meta):
 
 
 def augment(
-    x,    # (B,1,H,W)
-    u,    # (B,4) uniform draws: mirrored?, brightness, row and column of the window
-    cfg,  # Config
-    whole=False,
+    x,            # (B,1,H,W)
+    u,            # (B,4) uniform draws: mirrored?, brightness, row and column of the window
+    cfg,          # Config
+    whole=False,  # keep the whole slice: no window is cut
 ):
     "Mirrored, scaled, cut"
     x = torch.where(u[:, 0, None, None, None] < cfg.flip, x.flip(2), x)
@@ -121,10 +121,16 @@ def augment(
     return torch.stack([v[:, i:i + h, j:j + w] for v, (i, j) in zip(x, ij)])
 
 
-def where_of(table): return torch.tensor([POSITIONS.index(r["position"]) if r.get("position") in POSITIONS else len(POSITIONS) for r in table])
+def where_of(
+    table,  # dicts of slices; without a known position: len(POSITIONS)
+): return torch.tensor([POSITIONS.index(r["position"]) if r.get("position") in POSITIONS else len(POSITIONS) for r in table])
 
 # %% ../nbs/23_vqvae.ipynb #b6edc2c5
-def load_data(cfg, data=None, pattern=None):
+def load_data(
+    cfg,
+    data=None,     # see `axial.load_t1`; None: `MRI_GEN_DATA`, else simulated heads
+    pattern=None,  # where volumes lie below `data`
+):
     "Training and dev slices"
     return load_t1(data, pattern, cfg.simulated)
 
@@ -163,7 +169,11 @@ def job(
     return Job(nets, {name: adamw(net, cfg)}, step, len(train), lambda nets: checks(nets[name], some), lambda nets: sixteen(nets[name], some), state=state, meta=meta, skipped=data.skipped)
 
 # %% ../nbs/23_vqvae.ipynb #bc8b0a5a
-def prior_job(cfg, data, device):
+def prior_job(
+    cfg,
+    data,  # SliceSet (N,1,H,W) with splits train and dev
+    device,
+):
     "Cross-entropy of the codes, in bits a code; the autoencoder's weights travel with the prior's"
     nets = build(cfg); path = find_weights("vqvae", cfg.autoencoder or None); weights, about = load_weights(path)
     ae = nets["autoencoder"]; load_into(ae, weights[about["method"]], path); ae.to(device).eval()
@@ -238,7 +248,10 @@ def pretrained(weights=None, device="auto"):
     return Tokeniser(weights, device)
 
 
-def decode_file(path, weights=None, device="auto"):
+def decode_file(
+    path,  # .npz of `save_codes`
+    weights=None, device="auto",
+):
     "(N,H,W) float32 of a file of codes"
     t = Tokeniser(weights, device); codes, size, _ = load_codes(path, t.codes)
     try: return t.decode(codes, size)
@@ -247,7 +260,11 @@ def decode_file(path, weights=None, device="auto"):
 # %% ../nbs/23_vqvae.ipynb #4c6f01f2
 class Sampler(Tokeniser):
     "A prior and its autoencoder: draws slices"
-    def __init__(self, weights=None, device="auto"):
+    def __init__(
+        self,
+        weights=None,  # of a prior, see `find_weights`; None: the shipped one
+        device="auto",
+    ):
         path = find_weights("vqvae", weights or "prior"); super().__init__(path, device); nets = self.nets
         kind = self.meta["method"]; self.grid = tuple(self.meta.get("autoencoder", {}).get("grid", ()))
         if kind not in PRIORS: raise UserError(f"{path}: holds {kind}, which draws nothing; train one with `mri_gen train vqvae --profile prior`")
@@ -279,7 +296,13 @@ class Sampler(Tokeniser):
 
 def sample(
     out,                # folder to make: samples.npy (n,H,W) float32 in [0,1], grid.png
-    n=16, seed=0, position=None, temperature=1., top_k=None, weights=None, device="auto", force=False,
+    n=16,               # slices, 1 to 10000
+    seed=0,
+    position=None,      # low, mid or high, for all or a list; None: as they come
+    temperature=1.,     # .01 to 2; 0: the most probable code everywhere
+    top_k=None,
+    weights=None,       # of a prior, see `find_weights`; None: the shipped one
+    device="auto", force=False,
 ):
     "Draw slices into a folder; returns it"
     from PIL import Image
@@ -298,10 +321,12 @@ RULES, NETWORKS = METHODS[:3], AUTOENCODERS
 @dataclass
 class Evaluation:
     "Scores and the pictures behind them"
-    records: list; comparisons: list; rows: list
-    truth: SliceSet
+    records: list                                # of `metrics.summarise`, with rates and codes in use
+    comparisons: list                            # of `metrics.compare_all`: each method against the network
+    rows: list                                   # per image
+    truth: SliceSet                              # held-out slices (N,1,H,W)
     predictions: dict                            # method -> (N,H,W)
-    skipped: list = field(default_factory=list)
+    skipped: list = field(default_factory=list)  # dicts: what could not be read, and why
     timings: dict = field(default_factory=dict)  # method -> seconds a slice
     rates: dict = field(default_factory=dict)    # method -> bits a pixel
     used: dict = field(default_factory=dict)     # method -> {perplexity, active} over these slices
@@ -310,11 +335,13 @@ class Evaluation:
 
 # %% ../nbs/23_vqvae.ipynb #22e4b989
 def evaluate(
-    data=None, split="val",
+    data=None,        # see `axial.load_t1`; None: `MRI_GEN_DATA`, else simulated heads
+    split="val",
     weights=None,     # of one network, see `find_weights`; the others are the shipped ones
     methods=METHODS,  # those without weights are left out
     limit=None,       # at most so many slices, evenly spread
-    device="auto", pattern=None,
+    device="auto",
+    pattern=None,     # where volumes lie below `data`
     draw=True,        # where a prior is shipped: draw as many slices as half of the held-out ones, and judge them
 ):
     "Encode and decode held-out slices with every method and score them, all positions and each"
@@ -345,7 +372,10 @@ def evaluate(
     return e
 
 # %% ../nbs/23_vqvae.ipynb #f4f8b5db
-def coded(e, m):
+def coded(
+    e,  # Evaluation, with `rates` and `used` filled
+    m,  # method
+):
     "Records of method m's rate and of the codes in use; the same for every region, so that each table has them"
     found = {"bits_per_pixel": e.rates[m]} | ({"codes_used": e.used[m]["active"], "perplexity": e.used[m]["perplexity"]} if m in e.used else {})
     return [dict(task="vqvae", method=m, data=str(e.truth.column("data")[0]), split=str(e.truth.column("split")[0]), cell="all", region=region, convention="", metric=k, mean=float(v), lo=None, hi=None, n_subjects=len(e.truth.subjects), n_images=len(e.truth)) for region in ("whole", "foreground") for k, v in found.items()]
@@ -374,7 +404,10 @@ def companions(
     return {"patches": ({"patches": PatchCodes.fit(data.subset(split="train").float()[:, 0], images=400).state()}, {"task": "vqvae", "method": "patches"})}
 
 
-def slim(nets, meta):
+def slim(
+    nets,  # {name: weights}, as `load_weights` gives them
+    meta,  # dict that lies beside the weights
+):
     "What is shipped of a run: a prior without its autoencoder, where the same one is shipped under its own name"
     about = meta.get("autoencoder")
     try: shipped = load_weights(find_weights("vqvae", about["method"]))[0][about["method"]] if "autoencoder" in nets else None

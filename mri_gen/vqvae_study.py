@@ -114,12 +114,12 @@ VARIANTS = {  # name -> (profile, settings)
 
 
 def quantisers(
-    out,            # run folder
-    data=None,
-    steps=1000,     # of each network; of the PixelCNN a fifth
-    names=tuple(VARIANTS),
+    out,                    # run folder
+    data=None,              # see `axial.load_t1`; None: `MRI_GEN_DATA`, else simulated heads
+    steps=1000,             # of each network; of the PixelCNN a fifth
+    names=tuple(VARIANTS),  # of VARIANTS
     split="val", device="auto", quiet=False,
-    **settings,     # of every Config
+    **settings,             # of every Config
 ):
     "Part `quantisers`: every variant trained alike, scored on the same slices"
     from mri_gen.figures import grid
