@@ -6,7 +6,7 @@
 __all__ = ['RESTORE', 'GENERATE', 'IMPUTE', 'STEPS', 'LEARN', 'QUANTISERS', 'QUANTISE', 'CODE', 'TRANSLATE', 'LEARN_BOTH',
            'UPSCALE', 'DEPTHS', 'DEEPEN', 'TOPICS', 'Topic', 'measure_topic', 'restoring', 'drawing', 'imputing',
            'Triples', 'plain_losses', 'learning', 'quantising', 'coding', 'translating', 'BothSides', 'plain_cycle',
-           'learning_both', 'upscaling', 'deepening', 'child']
+           'learning_both', 'upscaling', 'deepening', 'child', 'costs']
 
 # %% ../nbs/35_bench_tasks.ipynb #b7779eca
 import itertools, tempfile, time
@@ -17,8 +17,8 @@ from typing import Callable
 import numpy as np
 import torch
 
-from .bench import BenchConfig, Skip, engine, machine, script, spread, tell, turns, weigh
-from .core import UserError, numpy_generator, pick_device
+from .bench import BenchConfig, Skip, engine, load_result, machine, script, spread, tell, text, turns, weigh
+from .core import UserError, numpy_generator, pick_device, write_json
 
 # %% ../nbs/35_bench_tasks.ipynb #9c734f41
 @dataclass
@@ -387,3 +387,12 @@ def child(
 
 
 TOPICS = {"restore": RESTORE, "generate": GENERATE, "impute": IMPUTE, "impute-step": LEARN, "quantise": QUANTISE, "code": CODE, "translate": TRANSLATE, "translate-step": LEARN_BOTH, "upscale": UPSCALE, "deepen": DEEPEN}   # `mri_gen bench --topic NAME`
+
+# %% ../nbs/35_bench_tasks.ipynb #c05c5002
+def costs(
+    folder,  # of results that `mri_gen bench --out` wrote
+):
+    "What using the networks costs, as a `Section` of the report; None where nothing was measured"
+    from mri_gen.page import Section, markdown
+    blocks = tuple((r.get("topic", "A training step, ours against a plain one"), markdown(text(r))) for r in map(load_result, sorted(Path(folder).glob("*.json"))))
+    return Section("cost", "What it costs", "<p>Ratios of times measured side by side in one run; the times themselves are of the machine named below each table.</p>", blocks) if blocks else None

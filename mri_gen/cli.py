@@ -320,9 +320,10 @@ def report(
 ):
     "One self-contained HTML page: pictures, tables, curves, the worst subjects, how each number was measured."
     from mri_gen.core import root
+    from mri_gen.bench_tasks import costs
     from mri_gen.report import report as go
     if not runs and root(): runs = sorted(p.parent for p in (root() / "artifacts/runs").glob("*/*/metrics.csv"))
-    page = go(out, runs or (), force)
+    page = go(out, runs or (), force, more=[costs(root() / "artifacts/speed") if root() else None])
     say(f"{page}: {page.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 # %% ../nbs/39_cli.ipynb #18928a5a

@@ -79,7 +79,7 @@ def read_notebook(
 
 # %% ../nbs/39_docs.ipynb #15103627
 COMMON = {   # what these names mean wherever nothing else is said
-    "cfg": "the task's settings, its `Config`", "device": "auto, cpu, cuda or a torch device", "dims": "2: slices (N,H,W); 3: volumes (N,X,Y,Z)",
+    "cfg": "the task's settings, its `Config`", "device": "where it is computed: cpu, cuda, or a torch device", "dims": "2: slices (N,H,W); 3: volumes (N,X,Y,Z)",
     "force": "replace what is there", "loop": "the running `Loop`: step, networks, optimisers", "modality": "T1, T2 or PD", "n_boot": "resamples of the bootstrap",
     "nets": "{name: network}", "out": "where the result is written", "plane": "sagittal, coronal or axial", "profile": "size: smoke (tests), demo (a tour), full (the shipped results)",
     "quiet": "say nothing", "region": "of the image, as in the records: whole, foreground, hole, ...", "seed": "the same seed, the same random numbers", "slug": "short name of a task: generate, inpaint, mmgan, vqvae, cyclegan or sr3d",
@@ -97,7 +97,7 @@ def parameters(
     def said(x):
         with warnings.catch_warnings():   # it also reads inherited docstrings of other libraries
             warnings.simplefilter("ignore")
-            return {k: " ".join((v or "").split()) for k, v in docments(x, returns=False).items()}
+            return {k: " ".join((v or "").split()) for k, v in docments(x, returns=False, args_kwargs=True).items()}
     plain = lambda n: "" if n is None else ast.unparse(n)
     if isinstance(node, ast.ClassDef) and issubclass(thing, BaseModel): return model_fields(thing, node)
     if isinstance(node, ast.ClassDef) and is_dataclass(thing):
@@ -119,13 +119,14 @@ def model_fields(
     node,   # its syntax tree
 ):
     "Fields that a pydantic model itself declares"
-    out = []
+    out, code = [], inspect.getsource(model); lines = code.encode().splitlines()
+    comment = {n.target.id: lines[n.end_lineno - 1][n.end_col_offset:].decode().partition("# ")[2] for n in ast.parse(code).body[0].body if isinstance(n, ast.AnnAssign)}
     for n in node.body:
         if not isinstance(n, ast.AnnAssign) or n.target.id not in model.model_fields: continue
         f = model.model_fields[n.target.id]
         bounds = [f"{sign} {value}" for m in f.metadata for key, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")) if (value := getattr(m, key, None)) is not None]
         choices = [repr(v) for v in getattr(f.annotation, "__args__", ()) if isinstance(v, str)]
-        out.append((n.target.id, "" if f.is_required() else repr(f.get_default(call_default_factory=True)), "; ".join(x for x in (f.description or "", ", ".join(choices), " and ".join(bounds)) if x)))
+        out.append((n.target.id, "" if f.is_required() else repr(f.get_default(call_default_factory=True)), "; ".join(x for x in (f.description or comment[n.target.id], ", ".join(choices), " and ".join(bounds)) if x)))
     return out
 
 
@@ -256,8 +257,14 @@ def relative(
 
 # %% ../nbs/39_docs.ipynb #95ae3cc0
 def cell_text(
-    text,  # words for a cell of a Markdown table
-): return " ".join(text.replace("|", "\\|").split()) or "–"
+    text,        # words for a cell of a Markdown table
+    code=False,  # they will stand within <code>
+):
+    "What Markdown does not take for a table's edge, a tag or attributes"
+    words = " ".join(text.replace("|", "\\|").split())
+    if code: return html.escape(words)
+    apart = words.split("`"); apart[::2] = [t.replace("<", "&lt;").replace("{", "&#123;") for t in apart[::2]]
+    return "`".join(apart) or "–"
 
 
 def documented(
@@ -271,12 +278,12 @@ def documented(
     kind = "class" if cls else "function" if hasattr(node, "name") else "constant"
     about = ast.get_docstring(node) if hasattr(node, "name") else ""
     own = lambda text: re.sub(r"`(\w+)`", lambda m: f"<code>{m[1]}</code>" if m[1] in {n for n, _, _ in rows} else m[0], text)    # a parameter's name is no link
-    out = [f"### {name} {{ #{name} .symbol .{kind} }}", "", FENCE + "{ .python .signature }", signature(name, node, rows, nb.code(i)), FENCE, "", own(re.sub(r"\s+", " ", about or "")), ""]
+    out = [f"### {name} {{ #{name} .symbol .{kind} }}", "", FENCE + "{ .python .signature }", signature(name, node, rows, nb.code(i)), FENCE, "", own(cell_text(about)) if about else "", ""]
     if cls and (bases := [ast.unparse(b) for b in node.bases]): out += ["Extends " + ", ".join(f"`{b}`" for b in bases) + ".", ""]
-    if rows: out += ["| parameter | default | meaning |", "|---|---|---|", *(f"| <code>{n}</code> | {f'<code>{html.escape(cell_text(d))}</code>' if d else ''} | {own(cell_text(m))} |" for n, d, m in rows), ""]
+    if rows: out += ["| parameter | default | meaning |", "|---|---|---|", *(f"| <code>{n}</code> | {f'<code>{cell_text(d, True)}</code>' if d else ''} | {own(cell_text(m))} |" for n, d, m in rows), ""]
     elif kind == "function": out += ["No parameters.", ""]
     methods = [m for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")] if cls else []
-    if methods: out += ["| method | does |", "|---|---|", *(f"| <code>{m.name}({html.escape(re.sub('^self(, )?', '', cell_text(ast.unparse(m.args))))})</code> | {cell_text(ast.get_docstring(m) or '')} |" for m in methods), ""]
+    if methods: out += ["| method | does |", "|---|---|", *(f"| <code>{m.name}({re.sub('^self(, )?', '', cell_text(ast.unparse(m.args), True))})</code> | {cell_text(ast.get_docstring(m) or '')} |" for m in methods), ""]
     return "\n".join([*out, where(nb, name, i, page), ""])
 
 

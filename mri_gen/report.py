@@ -357,6 +357,7 @@ def report(
     force=False,
     title="mri_gen: report",  # of the page
     runs_first=False,         # before the published tasks
+    more=(),                  # Sections of others, after the tasks; None is left out
 ):
     "One self-contained HTML page over all artifacts/*/metrics.json and `runs`; returns its path"
     out = Path(out); out = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
@@ -371,7 +372,7 @@ def report(
     if not parts: raise UserError(f"nothing to report: no artifacts/*/metrics.json{' in ' + str(root()) if root() else ''} and no run; train and publish first, or name runs")
     here, records = environment(), [r for f in (*shipped, *runs) if (f / "metrics.json").exists() for r in load_metrics(f / "metrics.json")]
     cards, rows, envs = "".join(p[1] for p in parts), [m for p in parts for m in p[3]], {k: v for p in parts for k, v in p[2].items()} | {("this page", ""): here}
-    over = together(runs); extra = [preprocessing(home / "preprocess")] if home else []
+    over = together(runs); extra = [preprocessing(home / "preprocess") if home else None, *more]
     sections = [*([Section("summary", "At a glance", f'<div class="cards">{cards}</div>')] if cards else []), *(p[0] for p in parts), *([Section("together", "Runs over each other", over)] if over else []), *(s for s in extra if s),
                 *([Section("how", "How each number was measured", how(records, rows))] if records else []), Section("environment", "Environment", environments(envs))]
     commit = f", commit {here['commit']}{' with local changes' if here['dirty'] else ''}" if here["commit"] else ""

@@ -201,14 +201,16 @@ def diffusion_job(
     def finish(nets):
         "What draws of fewer steps lack of those of MANY, by frequency, and of the truth, by brightness: `gains`, `factors`"
         if s.steps != 1000: return {}                                             # FEW is for 1000
+        def mean(x, u):
+            with fast(x.device): return mean_of(base, u, told(1, device=x.device), r.down(x), r)
+        def beyond(x, u, m, steps, gains=None): return draw(nets["net"], base, s, sd, u, r.down(x), r, told(1, device=x.device), steps, [0], mean=m, gains=gains) - m
         got = {k: [] for k in (*COUNTS, MANY)}
         for x, u in (middle(x[0, 0], u[0, 0], 64) for x, u in heads):
-            with fast(x.device): m = mean_of(base, u, told(1, device=x.device), r.down(x), r)
-            for k in got: got[k].append(draw(nets["net"], base, s, sd, u, r.down(x), r, told(1, device=x.device), k, [0], mean=m) - m)
+            m = mean(x, u)
+            for k in got: got[k].append(beyond(x, u, m, k))
         empty = lambda d: r.project(d, torch.zeros_like(r.down(d))); gains = {str(k): match(got[k], got[MANY], empty) for k in COUNTS}; left, got, means = [], [], []
         for x, u in heads:                                                        # whole ones: most of the air is around the middle
-            with fast(x.device): m = mean_of(base, u, told(1, device=x.device), r.down(x), r)
-            left.append(x - m); means.append(m); got.append(draw(nets["net"], base, s, sd, u, r.down(x), r, told(1, device=x.device), 4, [0], mean=m, gains=gains["4"]) - m)
+            m = mean(x, u); left.append(x - m); means.append(m); got.append(beyond(x, u, m, 4, gains["4"]))
         return {"gains": gains, "factors": calm(got, left, means, empty)}
     def validate(nets):
         from mri_gen.measure import image_metrics
@@ -280,7 +282,7 @@ class Upscaler:
     def upscale(self,
         given,            # path, nibabel image or Volume
         scale=2,          # 2, or 4: the cascade
-        method=None,      # one of METHODS; None: what the weights are of
+        method=None,      # one of NETWORKS or RULES; None: what the weights are of
         steps=4, samples=1, seed=0, tile=160, consistent=True,
         say=None,         # called with a line of progress
     ):
@@ -459,7 +461,7 @@ CARD = dict(
     use="Doubles the resolution of a T1 head volume with cubic voxels (trained for 4 mm to 2 mm); factor 4 by doing it twice. `regression` answers with the mean, smooth and nearest on average; `diffusion` draws one of the heads that may have been measured, as sharp as a scan; its draws agree with the measurement exactly and differ where it says nothing. Any NIfTI orientation; intensities come back in their own units.",
     source="ixi_hh",
     data="IXI (brain-development.org), CC BY-SA 3.0: whole-head T1 volumes of the Hammersmith 3T scanner at 2 mm; resolution was taken away by 2x2x2 block means. People by data/splits.csv; those of `val` were never trained on or chosen by.",
-    limits="Resolution was lost by computation, not on a scanner, and field strength is not changed: nothing here turns 1.5T into 3T. One scanner, one contrast, healthy adults. Detail that diffusion draws is likely, not measured: never read a lesion from it. What the network was not trained for (other contrasts, thick slices, other ways of losing resolution) is measured in the side experiments, where it gains less, or loses. Not for clinical use.",
+    limits="Resolution was lost by computation, not on a scanner, and field strength is not changed: nothing here turns 1.5T into 3T. One scanner, one contrast, healthy adults. Detail that diffusion draws is likely, not measured: never read a lesion from it. In even tissue its draws are grainier than a scan; how loud they are, by spatial frequency and by brightness, was set on `dev`. What the network was not trained for (other contrasts, thick slices, other ways of losing resolution) is measured in the side experiments, where it gains less, or loses. Not for clinical use.",
 )
 
 

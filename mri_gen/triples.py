@@ -214,7 +214,7 @@ def load_triples(
     if "slices" in src or "array" in src:
         p = Path(src.get("slices") or src["array"]); s = load_slices(p)
         if p.is_file() and len(s) > 1: warnings.warn(f"{p}: an array names no people, so each slice counts as a person of its own; neighbours may be trained on and scored. A folder with slices.csv says whose they are")
-        if s.images.shape[1] != 3: raise UserError(f"{p}: {s.images.shape[1]} channel{'s' * (s.images.shape[1] > 1)}; expected T1, T2, PD as three channels, in this order (arrays (N,3,H,W), or RGB slices listed in slices.csv)")
+        if s.images.shape[1] != 3: raise UserError(f"{p}: {s.images.shape[1]} channel{'s' * (s.images.shape[1] > 1)}; expected T1, T2, PD as three channels, in this order (arrays (N,3,H,W), or RGB slices listed in slices.csv); to translate T1 and T2 of different people: a folder with T1.npy and T2.npy, or folders T1/ and T2/ of PNGs")
         if strangers: s = SliceSet(s.images, [r if known_split(r["subject"]) is not None else r | {"split": strangers} for r in s.table], s.skipped)
         s = name_splits(s); s = SliceSet(s.images, [{"data": p.stem if p.is_file() else p.name} | r for r in s.table], s.skipped)
         return s if splits is None else s.subset(split=[k for k in splits if k in set(s.column("split").tolist())] or list(splits))
