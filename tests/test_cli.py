@@ -453,6 +453,7 @@ def test_demo_leaves_a_strange_folder_alone(wrong, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)   # five minutes on two free cores, more than 900 s on busy ones
 def test_demo_twice(call, place, tmp_path, monkeypatch):
     "The whole tour, smaller; a second call refreshes it and simulates and trains nothing"
     from mri_gen import demo, generate, inpaint, sr3d, vqvae
