@@ -17,7 +17,7 @@ STAMP := .venv/.installed-$(shell { cat settings.ini setup.py constraints.txt; p
 # notebooks in parallel, one thread each, with a limit in seconds (nbdev has none)
 NBTEST = OMP_NUM_THREADS=1 $(if $(shell command -v timeout),timeout --kill-after=10 $(1)) .venv/bin/nbdev_test --timing
 # .venv/bin first, so that tests and notebooks may call `mri_gen` and `papermill` by name
-# JOBS=2: two files of tests at a time, in half the time; two tests then were seen to disturb each other, so it is not the default.
+# JOBS=2: two files of tests at a time; two tests then were seen to disturb each other, so it is not the default.
 JOBS ?= 0
 PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m pytest -q --timeout=900 -n $(JOBS) --dist loadfile
 # "hash size name" of everything that is generated, or cleaned

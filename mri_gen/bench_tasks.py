@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .bench import BenchConfig, Skip, engine, load_result, machine, script, spread, tell, text, turns, weigh
-from .core import UserError, numpy_generator, pick_device, write_json
+from .core import UserError, numpy_generator, pick_device
 
 # %% ../nbs/35_bench_tasks.ipynb #9c734f41
 @dataclass
@@ -392,7 +392,7 @@ TOPICS = {"restore": RESTORE, "generate": GENERATE, "impute": IMPUTE, "impute-st
 def costs(
     folder,  # of results that `mri_gen bench --out` wrote
 ):
-    "What using the networks costs, as a `Section` of the report; None where nothing was measured"
+    "What training and use cost, as a `Section` of the report; None where nothing was measured"
     from mri_gen.page import Section, markdown
     blocks = tuple((r.get("topic", "A training step, ours against a plain one"), markdown(text(r))) for r in map(load_result, sorted(Path(folder).glob("*.json"))))
     return Section("cost", "What it costs", "<p>Ratios of times measured side by side in one run; the times themselves are of the machine named below each table.</p>", blocks) if blocks else None

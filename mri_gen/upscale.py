@@ -109,20 +109,20 @@ def match(
 KNOTS = (0., .02, .05, .1, .2, .35, .6)   # of brightness, in units of `robust_scale`
 
 
-def _shares(m):
-    "How much each of the KNOTS counts at each voxel of m (1,1,X,Y,Z), by the brightness around it: (len(KNOTS),1,1,X,Y,Z)"
+def _knot(m):
+    "The one of KNOTS below the brightness around each voxel of m (1,1,X,Y,Z), and how far it is from there to the next, 0 to 1"
     k = torch.tensor(KNOTS, device=m.device); at = F.avg_pool3d(m.float(), 5, 1, 2, count_include_pad=False).clamp(KNOTS[0], KNOTS[-1])
-    i = torch.bucketize(at, k[1:-1], right=True); w = (at - k[i]) / (k[i + 1] - k[i])
-    return torch.stack([(i == j) * (1 - w) + (i == j - 1) * w for j in range(len(KNOTS))])
+    i = torch.bucketize(at, k[1:-1], right=True)
+    return i, (at - k[i]) / (k[i + 1] - k[i])
 
 
 def by_brightness(
-    d,        # (1,1,X,Y,Z)
-    m,        # the mean, as large
+    m,        # (1,1,X,Y,Z) mean
     factors,  # (len(KNOTS),)
 ):
-    "d times a factor that depends on the brightness around a voxel"
-    return d * sum(f * w for f, w in zip(factors, _shares(m)))
+    "What draws around m are multiplied by, as large as m: `factors` at the KNOTS of the brightness around a voxel, linear between"
+    (i, w), f = _knot(m), torch.as_tensor(factors, dtype=torch.float32, device=m.device)
+    return torch.lerp(f[i], f[i + 1], w)
 
 
 def calm(
@@ -131,10 +131,13 @@ def calm(
     project=lambda d: d,  # what is done to a draw after `by_brightness`
 ):
     "Factors that give `drawn` the power of `left` at each brightness; 1 where no voxel is"
-    total = lambda ds: sum(torch.stack([(w * d.square()).sum() for w in _shares(m)]) for d, m in zip(ds, means))
-    f, want = torch.ones(len(KNOTS)), total(left)
-    for _ in range(3): f = (f * (want / total([project(by_brightness(d, m, f)) for d, m in zip(drawn, means)]).clamp(min=1e-12)).sqrt().cpu()).nan_to_num(1.).clamp(.01, 1.5)
-    return [round(v, 3) for v in torch.where(want.cpu() > 0, f, 1.).tolist()]
+    def power(d, m):
+        i, w = (v.flatten() for v in _knot(m)); p = d.float().square().flatten()
+        return torch.zeros(len(KNOTS), device=d.device).index_add(0, i, (1 - w) * p).index_add(0, i + 1, w * p)
+    total = lambda ds: sum(map(power, ds, means))
+    f, want = torch.ones(len(KNOTS), device=means[0].device), total(left)
+    for _ in range(3): f = (f * (want / total([project(d * by_brightness(m, f)) for d, m in zip(drawn, means)]).clamp(min=1e-12)).sqrt()).nan_to_num(1.).clamp(.01, 1.5)
+    return [round(v, 3) for v in torch.where(want > 0, f, 1.).tolist()]
 
 
 @torch.no_grad()
@@ -161,9 +164,10 @@ def draw(
     with fast(u.device):
         if mean is None: mean = agrees(u + SIZE * run(base, contrast(u), about).float(), y)
         none = torch.zeros_like(y); out = []
+        loud = None if factors is None else by_brightness(mean, factors)
         def shaped(z):
             if gains is not None: z = agrees(by_band(z, gains), none)
-            return z if factors is None else agrees(by_brightness(z, mean, factors), none)
+            return z if loud is None else agrees(z * loud, none)
         see = each and (lambda k, z, z0: each(k, shaped(z) if k == steps else z, shaped(z0)))
         for i in which:
             def clean(z, t):
